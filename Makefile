@@ -1,0 +1,64 @@
+# The project's verbs. `make` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS := constraints.txt
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-long check fix docs bench clean
+
+help:
+	@echo "make demo       run the whole pipeline on a tiny model: pictures and a LoRA file in demo/"
+	@echo "make test       run the tests (12 minutes at most on two cores)"
+	@echo "make test-long  run the tests that take longer"
+	@echo "make check      formatting, lint, types, generated docs"
+	@echo "make fix        format, mend what lint can, regenerate docs"
+	@echo "make docs       regenerate the reference pages"
+	@echo "make bench      measure speed and memory (BENCH='--device cuda' on a GPU)"
+	@echo "make setup      only make $(VENV) with everything for development"
+
+# What each verb needs is installed once, and again when the project's requirements change
+$(VENV)/made:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; ok = (3, 10) <= v[:2] <= (3, 13); sys.exit(0 if ok else f"hyimg needs Python 3.10 to 3.13, $(PYTHON) is {v[0]}.{v[1]}: run make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/installed-%: $(VENV)/made pyproject.toml $(CONSTRAINTS)
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[$*]'
+	@touch $@
+
+setup: $(VENV)/installed-dev
+
+demo: $(VENV)/installed-demo
+	$(BIN)/hyimg demo demo --overwrite
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 -m "not long"
+
+test-long: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m long
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/cog --check -r docs/*.md
+
+fix: $(VENV)/installed-dev
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+	$(BIN)/cog -r docs/*.md
+
+docs: $(VENV)/installed-dev
+	$(BIN)/cog -r docs/*.md
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks $(BENCH)
+
+clean:
+	rm -rf demo bench build *.egg-info

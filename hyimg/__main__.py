@@ -1,0 +1,5 @@
+"""`python -m hyimg`, which `accelerate launch -m hyimg` needs."""
+
+from hyimg.cli.app import main
+
+main()

@@ -1,0 +1,69 @@
+"""The dataset file and the caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hyimg.config.option import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions:
+    """Dataset and caches."""
+
+    dataset_config: Path | None = option(None, help="the dataset file, TOML or JSON")
+    cache_dir: Path | None = option(
+        None, help="where the caches live (not given: `hyimg-cache` beside the dataset file)"
+    )
+    on_bad_image: str = option(
+        "error",
+        choices=("error", "skip"),
+        help="an image that cannot be read: stop, or leave it out and say so",
+    )
+    caption_variants: int = option(
+        8,
+        minimum=1,
+        help="cached variants of a caption that has randomness (shuffle, wildcards, tag dropout)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentCaching:
+    """Latent cache."""
+
+    vae_batch_size: int = option(1, minimum=1, help="images of one bucket that are encoded together")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCaching:
+    """Text cache."""
+
+    sample_prompts: Path | None = option(
+        None,
+        help="prompt file (txt, toml or json) whose prompts are cached too, so that rendering needs no encoder",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachesInTraining:
+    """Filling the caches first."""
+
+    cache_latents: bool = option(
+        False, help="run cache-latents first (the cache is content-addressed and kept)"
+    )
+    cache_latents_to_disk: bool = option(False, help="the same as `--cache_latents`")
+    cache_text_encoder_outputs: bool = option(False, help="run cache-text first (the cache is kept)")
+    cache_text_encoder_outputs_to_disk: bool = option(
+        False, help="the same as `--cache_text_encoder_outputs`"
+    )
+    skip_cache_check: bool = option(
+        False,
+        help="do not look for missing or damaged entries before the first step",
+        later="it comes with the data work; the check is fast",
+    )
+    latent_sampling: str = option(
+        "sample", choices=("sample", "mean"), help="a fresh posterior sample at each step, or the mean"
+    )
+    max_data_loader_n_workers: int = option(0, minimum=0, help="processes that read the caches ahead")
+    persistent_data_loader_workers: bool = option(False, help="keep those processes between epochs")

@@ -1,0 +1,100 @@
+"""The model files, and how the models are held and computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hyimg.config.option import option
+
+_MEMORY = "it comes with the memory work (block streaming, fp8, attention backends)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTFile:
+    """Model files."""
+
+    dit: Path | None = option(
+        None,
+        aliases=("pretrained_model_name_or_path",),
+        help="DiT, a `.safetensors` file or a sharded folder with its index; original, ComfyUI or diffusers names",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderFiles:
+    """Text encoders."""
+
+    text_encoder: Path | None = option(
+        None, help="Qwen2.5-VL-7B, a single `.safetensors` file (ComfyUI layout) or a Hugging Face folder"
+    )
+    byt5: Path | None = option(None, help="byT5 glyph encoder, a `.safetensors` file")
+    tokenizer: Path | None = option(
+        None,
+        aliases=("tokenizer_cache_dir",),
+        help="folder with the Qwen tokenizer's files, or a `qwen.tiktoken` ranks file "
+        "(not given: beside the encoder, then the package dashscope, then the hub)",
+    )
+    text_encoder_cpu: bool = option(False, help="run the text encoders on the CPU")
+    fp8_vl: bool = option(False, help="hold Qwen2.5-VL's weights in fp8", later=_MEMORY)
+    text_encoder_batch_size: int = option(
+        8, minimum=1, help="captions of equal length that are encoded together"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEFile:
+    """VAE."""
+
+    vae: Path | None = option(None, help="HunyuanImage-2.1 VAE, a `.safetensors` file")
+    vae_chunk_size: int | None = option(
+        None, minimum=1, help="VAE convolutions in chunks of so many rows (16 is a good value)", later=_MEMORY
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Device and precision."""
+
+    device: str | None = option(None, help="cuda, cuda:N, mps or cpu (not given: the best one there is)")
+    mixed_precision: str = option(
+        "bf16",
+        choices=("no", "fp16", "bf16"),
+        help="type in which the DiT computes; `no` is float32",
+        later="fp16 needs a loss scaler, which comes with the training work; use bf16 or no",
+        available=("no",),
+    )
+    disable_mmap_load_safetensors: bool = option(
+        False, help="read model files instead of mapping them into memory"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Memory and speed of the DiT."""
+
+    attn_mode: str = option(
+        "torch",
+        choices=("torch", "xformers", "flash", "sageattn"),
+        synonyms={"sdpa": "torch"},
+        help="attention backend",
+        later=_MEMORY,
+    )
+    fp8_scaled: bool = option(False, help="hold the DiT's block weights in scaled fp8 (e4m3)", later=_MEMORY)
+    blocks_to_swap: int = option(
+        0, minimum=0, help="keep so many block units off the GPU and stream them", later=_MEMORY
+    )
+    torch_compile: bool = option(False, help="compile the blocks", later=_MEMORY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory:
+    """Memory in training."""
+
+    split_attn: bool = option(False, help="attention one sample at a time, without a mask", later=_MEMORY)
+    gradient_checkpointing: bool = option(
+        False, help="recompute the blocks in the backward pass, to save memory"
+    )
+    cpu_offload_checkpointing: bool = option(
+        False, help="keep checkpointed activations in CPU memory", later=_MEMORY
+    )

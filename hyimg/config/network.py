@@ -1,0 +1,46 @@
+"""The network that is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hyimg.config.option import option
+
+_TRAINING = "it comes with the training work"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkShape:
+    """Network."""
+
+    network_dim: int = option(4, minimum=1, help="rank of the adapters")
+    network_alpha: float = option(
+        1.0, minimum=0, exclusive_minimum=True, help="alpha; the update is scaled by alpha/rank"
+    )
+    network_args: tuple[str, ...] = option(
+        (), help='`"network_reg_dims=PATTERN=RANK,..."`, `"network_reg_lrs=PATTERN=RATE,..."`'
+    )
+    strict_patterns: bool = option(False, help="a pattern that matches no module is an error, not a warning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkTraining:
+    """Network, in training."""
+
+    network_module: str = option(
+        "lora", synonyms={"networks.lora_hunyuan_image": "lora"}, help="kind of network", choices=("lora",)
+    )
+    network_dropout: float = option(
+        0.0, minimum=0, maximum=1, help="dropout of the adapters", later=_TRAINING
+    )
+    network_train_unet_only: bool = option(True, help="always so: the text encoders are never trained")
+    network_weights: Path | None = option(
+        None, help="LoRA file to start from, in any format that hyimg reads"
+    )
+    dim_from_weights: bool = option(False, help="take the ranks from `--network_weights`", later=_TRAINING)
+    base_weights: tuple[Path, ...] = option((), help="LoRA files merged into the base first", later=_TRAINING)
+    base_weights_multiplier: tuple[float, ...] = option((), help="their multipliers", later=_TRAINING)
+    scale_weight_norms: float | None = option(
+        None, minimum=0, help="max-norm regularisation", later=_TRAINING
+    )

@@ -1,0 +1,143 @@
+"""A training run: how long, what is saved, what is logged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hyimg.config.option import option
+
+_TRAINING = "it comes with the training work"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duration:
+    """Length of the run."""
+
+    max_train_steps: int | None = option(
+        None, minimum=1, help="steps (not given: 1600, unless epochs are given)"
+    )
+    max_train_epochs: int | None = option(None, minimum=1, help="epochs; wins over the steps")
+    train_batch_size: int | None = option(
+        None, minimum=1, help="batch size where the dataset file does not give one (not given: 1)"
+    )
+    seed: int | None = option(None, minimum=0, help="seed of all randomness (not given: drawn, and recorded)")
+    num_processes: int = option(1, minimum=1, help="processes, one a device", later=_TRAINING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """Saving."""
+
+    output_dir: Path | None = option(None, help="run folder")
+    output_name: str = option("lora", help="name of the files in it")
+    overwrite: bool = option(False, help="replace an earlier run of that name")
+    save_model_as: str = option(
+        "safetensors",
+        choices=("safetensors", "ckpt", "pt"),
+        help="file type; only safetensors",
+        refused=dict.fromkeys(
+            ("ckpt", "pt"), "it is a pickle, which can run code when it is opened; leave the option out"
+        ),
+    )
+    save_format: str = option(
+        "both",
+        choices=("both", "kohya", "comfy"),
+        help="names in the LoRA file: the reference tool's, ComfyUI's (under `comfy/`), or a file of each",
+    )
+    save_precision: str = option(
+        "bf16",
+        choices=("float", "fp16", "bf16"),
+        synonyms={"fp32": "float"},
+        help="type of the saved weights",
+    )
+    save_every_n_epochs: int | None = option(None, minimum=1, help="save after every so many epochs")
+    save_every_n_steps: int | None = option(None, minimum=1, help="save after every so many steps")
+    save_last_n_epochs: int | None = option(
+        None, minimum=1, help="keep only so many of those", later=_TRAINING
+    )
+    save_last_n_steps: int | None = option(
+        None, minimum=1, help="keep only those of the last steps", later=_TRAINING
+    )
+    save_state: bool = option(False, help="save the optimiser's state too", later=_TRAINING)
+    save_state_on_train_end: bool = option(False, help="save the state at the end", later=_TRAINING)
+    save_last_n_epochs_state: int | None = option(None, minimum=1, help="states kept", later=_TRAINING)
+    save_last_n_steps_state: int | None = option(None, minimum=1, help="states kept", later=_TRAINING)
+    resume: str | None = option(None, help="state to go on from, a folder or `latest`", later=_TRAINING)
+    resume_force: bool = option(False, help="resume although settings differ", later=_TRAINING)
+    ema_decay: float | None = option(
+        None, minimum=0, maximum=1, help="average of the adapters", later=_TRAINING
+    )
+    on_nan: str = option("stop", choices=("stop", "skip"), help="a loss that is not finite", later=_TRAINING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """Logging."""
+
+    logging_dir: Path | None = option(None, help="where trackers write (not given: `logs` in the run folder)")
+    log_with: str | None = option(
+        None,
+        choices=("tensorboard", "wandb", "all"),
+        help="tracker, beside `NAME.metrics.jsonl`, which is always written",
+        later="wandb comes with the training work; use tensorboard",
+        available=("tensorboard",),
+    )
+    log_prefix: str = option("", help="prefix of the tracker's run folder")
+    log_tracker_name: str = option("hyimg", help="name of the tracker's project")
+    wandb_run_name: str | None = option(None, help="name of the W&B run", later=_TRAINING)
+    log_config: bool = option(False, help="give the tracker the resolved options")
+    output_config: bool = option(
+        False, help="write the resolved options to the run folder, and train nothing"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """Metadata of the LoRA file."""
+
+    no_metadata: bool = option(False, help="save no training metadata")
+    training_comment: str | None = option(None, help="comment kept in the file")
+    metadata_title: str | None = option(None, help="title (not given: the output name)")
+    metadata_author: str | None = option(None, help="author")
+    metadata_description: str | None = option(None, help="description")
+    metadata_license: str | None = option(None, help="licence")
+    metadata_tags: str | None = option(None, help="tags, separated by commas")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Validation and samples."""
+
+    validation_split: float = option(0.0, minimum=0, maximum=1, help="share held out", later=_TRAINING)
+    validation_seed: int | None = option(None, help="seed of the split", later=_TRAINING)
+    validate_every_n_steps: int | None = option(None, minimum=1, help="validate so often", later=_TRAINING)
+    validate_every_n_epochs: int | None = option(None, minimum=1, help="validate so often", later=_TRAINING)
+    max_validation_steps: int | None = option(None, minimum=1, help="batches at most", later=_TRAINING)
+    sample_prompts: Path | None = option(
+        None,
+        help="prompt file for samples while training",
+        later=_TRAINING + "; use `hyimg sample` after the run",
+    )
+    sample_every_n_steps: int | None = option(None, minimum=1, help="sample so often", later=_TRAINING)
+    sample_every_n_epochs: int | None = option(None, minimum=1, help="sample so often", later=_TRAINING)
+    sample_at_first: bool = option(False, help="sample before the first step", later=_TRAINING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """Hub and several processes."""
+
+    huggingface_repo_id: str | None = option(None, help="repository to upload to", later=_TRAINING)
+    huggingface_repo_type: str | None = option(None, help="its type", later=_TRAINING)
+    huggingface_path_in_repo: str | None = option(None, help="folder in it", later=_TRAINING)
+    huggingface_token: str | None = option(None, help="access token", later=_TRAINING)
+    huggingface_repo_visibility: str | None = option(None, help="public or private", later=_TRAINING)
+    save_state_to_huggingface: bool = option(False, help="upload states", later=_TRAINING)
+    resume_from_huggingface: bool = option(False, help="resume from there", later=_TRAINING)
+    async_upload: bool = option(False, help="upload in the background", later=_TRAINING)
+    ddp_timeout: int | None = option(
+        None, minimum=1, help="minutes until a hang is an error", later=_TRAINING
+    )
+    ddp_gradient_as_bucket_view: bool = option(False, help="of torch's DDP", later=_TRAINING)
+    ddp_static_graph: bool = option(False, help="of torch's DDP", later=_TRAINING)

@@ -1,0 +1,71 @@
+"""The small commands: convert-comfy, inspect-modules, make-tiny-model, demo, and what all commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hyimg.config.option import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """General."""
+
+    plugin: tuple[str, ...] = option((), help="plugin to load: a `.py` file or a module's name")
+    config: Path | None = option(
+        None,
+        aliases=("config_file",),
+        help="TOML file with options, underscores in their names; flags win over it",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """Conversion."""
+
+    source: Path | None = option(None, argument=True, help="LoRA file to read")
+    destination: Path | None = option(None, argument=True, help="file to write")
+    to: str | None = option(
+        None, choices=("comfy", "kohya", "diffusers", "peft"), help="format to write (not given: comfy)"
+    )
+    reverse: bool = option(False, help="the same as `--to kohya`")
+    overwrite: bool = option(False, help="replace the destination")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What to list."""
+
+    arch: str | None = option(
+        None,
+        choices=("2.1", "2.1-distilled", "tiny", "full"),
+        help="known architecture, in place of a checkpoint",
+    )
+    pattern: str | None = option(None, help="list only the modules that this regular expression matches")
+    json: bool = option(False, help="print JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyModel:
+    """Tiny model."""
+
+    directory: Path | None = option(None, argument=True, help="folder to write")
+    depth: str = option("tiny", choices=("tiny", "full"), help="2+4 blocks, or the true 20+40")
+    seed: int = option(0, minimum=0, help="seed of the weights")
+    overwrite: bool = option(False, help="replace files that are there")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Demo."""
+
+    directory: Path | None = option(None, argument=True, help="folder to work in")
+    overwrite: bool = option(False, help="start afresh where the folder holds an earlier demo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginList:
+    """Output."""
+
+    json: bool = option(False, help="print JSON")

@@ -1,0 +1,21 @@
+"""What every test needs: golden files, a tiny model made once, and no plugins of the machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# installed packages must not change what a test sees; the plugin tests ask for them by name
+os.environ["HYIMG_LOAD_PLUGINS"] = ""
+# a machine with a hub and one without must act alike
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of reference numbers; its READMEs say where each comes from."""
+    return GOLDEN
