@@ -1,0 +1,1 @@
+"""Where weights and activations live, and in what precision."""

@@ -1,0 +1,46 @@
+"""Which device and which precision a stage works in."""
+
+from __future__ import annotations
+
+import torch
+
+from hyimg.errors import HyimgError
+
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is: CUDA, then Apple's MPS, then the CPU.
+
+    Raises HyimgError for a name that torch does not know or a device that this machine has not.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise HyimgError(f"`--device` `{name}` is no device", hint="use cuda, cuda:N, mps or cpu") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise HyimgError(
+                f"`--device` `{name}` is not there: torch sees {count} CUDA devices",
+                hint="choose another device, or install a CUDA build of torch",
+            )
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise HyimgError("`--device` `mps` is not there", hint="use `--device cpu`")
+    elif device.type not in ("cuda", "mps", "cpu"):
+        raise HyimgError(f"`--device` `{name}` is not supported", hint="use cuda, cuda:N, mps or cpu")
+    return device
+
+
+def compute_dtype(mixed_precision: str) -> torch.dtype:
+    """The type that `--mixed_precision` names: no is float32, bf16, fp16."""
+    return _DTYPES[mixed_precision]
+
+
+def vae_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """The type that the VAE computes in: float16, as its file is, but float32 on a CPU and under `no`."""
+    return torch.float32 if mixed_precision == "no" or device.type == "cpu" else torch.float16

@@ -1,0 +1,220 @@
+"""The VAE of HunyuanImage-2.1: images to latents of 1/32 their size, and back.
+
+Between levels a convolution changes width and size in one step, moving pixels into channels or out of them,
+beside a shortcut without weights that averages or repeats channels.
+Module and parameter names are the original checkpoint's.
+Shapes: B batch, C channels, H W image, feature or latent size
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from torch import Tensor, nn
+
+from hyimg.errors import HyimgError
+from hyimg.model.architecture import NUM_GROUPS, SPATIAL_FACTOR, VAEArch
+
+# The latents that the DiT sees are the VAE's times this (official `config.json` of the VAE)
+SCALING_FACTOR = 0.75289
+
+# (r1 r2 c): where a 2x2 square of pixels goes among the channels
+_PIXELS_TO_CHANNELS = "b c (h r1) (w r2) -> b (r1 r2 c) h w"
+_CHANNELS_TO_PIXELS = "b (r1 r2 c) h w -> b c (h r1) (w r2)"
+
+
+class Posterior(NamedTuple):
+    """Mean and standard deviation of an image's latent, float32, both scaled by `SCALING_FACTOR`."""
+
+    mean_BCHW: Tensor
+    std_BCHW: Tensor
+
+
+class VAE(nn.Module):
+    """Encoder and decoder, of any size. Computes in the weights' dtype."""
+
+    def __init__(self, arch: VAEArch) -> None:
+        super().__init__()
+        self.arch = arch
+        self.encoder = Encoder(arch)
+        self.decoder = Decoder(arch)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.conv_in.weight.device
+
+    def encode_moments(self, image_BCHW: Tensor) -> Tensor:
+        """The encoder's own output: mean and log variance side by side, unscaled, (B, 2*C, H/32, W/32).
+
+        The image is RGB in -1..1, each side a multiple of 32; `HyimgError` otherwise.
+        """
+        height, width = image_BCHW.shape[-2:]
+        if height % SPATIAL_FACTOR or width % SPATIAL_FACTOR:
+            raise HyimgError(f"an image of {width}x{height} cannot be encoded: sides must be multiples of 32")
+        moments_BCHW: Tensor = self.encoder(image_BCHW.to(self.dtype))
+        return moments_BCHW
+
+    def encode(self, image_BCHW: Tensor) -> Posterior:
+        """The posterior of an image (RGB in -1..1), scaled; a training latent is mean + std * noise."""
+        mean_BCHW, log_variance_BCHW = self.encode_moments(image_BCHW).float().chunk(2, dim=1)
+        std_BCHW = torch.exp(0.5 * log_variance_BCHW.clamp(-30.0, 20.0))
+        return Posterior(mean_BCHW * SCALING_FACTOR, std_BCHW * SCALING_FACTOR)
+
+    def decode(self, latent_BCHW: Tensor) -> Tensor:
+        """The image (B, 3, 32*H, 32*W) of a scaled latent: the weights' dtype, about -1..1, not clamped."""
+        image_BCHW: Tensor = self.decoder((latent_BCHW / SCALING_FACTOR).to(self.dtype))
+        return image_BCHW
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) to moments (B, 2*C, H/32, W/32)."""
+
+    def __init__(self, arch: VAEArch) -> None:
+        super().__init__()
+        widths = arch.channels
+        self.conv_in = conv3x3(3, widths[0])
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            parts = {"block": nn.ModuleList(ResnetBlock(width) for _ in range(arch.layers_per_block))}
+            sampler = {"downsample": Downsample(width, widths[level + 1])} if level + 1 < len(widths) else {}
+            self.down.append(nn.ModuleDict({**parts, **sampler}))
+        self.mid = MidBlock(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = conv3x3(widths[-1], 2 * arch.latent_channels)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        x = self.conv_in(image_BCHW)
+        for level in self.down:
+            for layer in _layers(level):
+                x = layer(x)
+        x = self.mid(x)
+        shortcut = reduce(x, "b (c r) h w -> b c h w", "mean", c=self.conv_out.out_channels)
+        moments_BCHW: Tensor = self.conv_out(F.silu(self.norm_out(x))) + shortcut
+        return moments_BCHW
+
+
+class Decoder(nn.Module):
+    """Unscaled latent (B, C, H, W) to image (B, 3, 32*H, 32*W); one more block a level than the encoder."""
+
+    def __init__(self, arch: VAEArch) -> None:
+        super().__init__()
+        widths = arch.channels[::-1]
+        self.conv_in = conv3x3(arch.latent_channels, widths[0])
+        self.mid = MidBlock(widths[0])
+        self.up = nn.ModuleList()
+        for level, width in enumerate(widths):
+            parts = {"block": nn.ModuleList(ResnetBlock(width) for _ in range(arch.layers_per_block + 1))}
+            sampler = {"upsample": Upsample(width, widths[level + 1])} if level + 1 < len(widths) else {}
+            self.up.append(nn.ModuleDict({**parts, **sampler}))
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = conv3x3(widths[-1], 3)
+
+    def forward(self, latent_BCHW: Tensor) -> Tensor:
+        repeats = self.conv_in.out_channels // self.conv_in.in_channels
+        x = self.conv_in(latent_BCHW) + repeat(latent_BCHW, "b c h w -> b (c r) h w", r=repeats)
+        x = self.mid(x)
+        for level in self.up:
+            for layer in _layers(level):
+                x = layer(x)
+        image_BCHW: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return image_BCHW
+
+
+class ResnetBlock(nn.Module):
+    """Two normed convolutions beside an identity; widths never change inside a level."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(width)
+        self.conv1 = conv3x3(width, width)
+        self.norm2 = group_norm(width)
+        self.conv2 = conv3x3(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        x = x + self.conv2(F.silu(self.norm2(h)))
+        return x
+
+
+class MidBlock(nn.Module):
+    """The innermost level, where every position sees every other."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(width)
+        self.attn_1 = AttentionBlock(width)
+        self.block_2 = ResnetBlock(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block_2(self.attn_1(self.block_1(x)))
+        return x
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention of one head over all positions; 1x1 convolutions, as the checkpoint stores them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = group_norm(width)
+        self.q = nn.Conv2d(width, width, kernel_size=1)
+        self.k = nn.Conv2d(width, width, kernel_size=1)
+        self.v = nn.Conv2d(width, width, kernel_size=1)
+        self.proj_out = nn.Conv2d(width, width, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (rearrange(f(normed), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        attn = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj_out(rearrange(attn, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
+        return x
+
+
+class Downsample(nn.Module):
+    """Half the size: pixels into channels; the shortcut averages groups of channels."""
+
+    def __init__(self, width: int, next_width: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(width, next_width // 4)
+        self.next_width = next_width
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = rearrange(x, _PIXELS_TO_CHANNELS, r1=2, r2=2)
+        shortcut = reduce(shortcut, "b (c group) h w -> b c h w", "mean", c=self.next_width)
+        x = rearrange(self.conv(x), _PIXELS_TO_CHANNELS, r1=2, r2=2)
+        return x + shortcut
+
+
+class Upsample(nn.Module):
+    """Twice the size: channels into pixels; the shortcut repeats channels."""
+
+    def __init__(self, width: int, next_width: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(width, 4 * next_width)
+        self.repeats = 4 * next_width // width
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = repeat(x, "b c h w -> b (c r) h w", r=self.repeats)
+        x = rearrange(self.conv(x) + shortcut, _CHANNELS_TO_PIXELS, r1=2, r2=2)
+        return x
+
+
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+
+
+def group_norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NUM_GROUPS, width, eps=1e-6)
+
+
+def _layers(level: nn.Module) -> list[nn.Module]:
+    """The blocks of a level, then what leads to the next."""
+    return [
+        layer for part in level.children() for layer in (part if isinstance(part, nn.ModuleList) else [part])
+    ]

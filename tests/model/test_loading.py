@@ -1,0 +1,287 @@
+"""Files to models: the three name layouts, shards, dtypes, and everything that can be wrong with a file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hyimg.errors import HyimgError
+from hyimg.model.architecture import DIT_TINY, VAE_TINY
+from hyimg.model.dit import DiT
+from hyimg.model.loading import check_dit, check_vae, load_dit, load_vae
+from hyimg.model.random_init import init_random
+from hyimg.model.safetensors_file import Checkpoint, identify, read_header
+from hyimg.model.vae import VAE
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    model = DiT(DIT_TINY)
+    init_random(model, seed=1)
+    return dict(model.state_dict())
+
+
+@pytest.fixture
+def dit_path(tmp_path: Path, weights: dict[str, Tensor]) -> Path:
+    path = tmp_path / "dit.safetensors"
+    save_file(weights, path, metadata={"made": "here"})
+    return path
+
+
+def assert_same(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    state = model.state_dict()
+    assert list(state) == list(weights)
+    for name, weight in weights.items():
+        assert torch.equal(state[name], weight), name
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_file_is_loaded_bit_by_bit_and_frozen(
+    dit_path: Path, weights: dict[str, Tensor], mmap: bool
+) -> None:
+    before = dit_path.read_bytes()
+    model = load_dit(dit_path, mmap=mmap)
+    assert_same(model, weights)
+    assert model.arch == DIT_TINY == check_dit(dit_path)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+    # Writing to a weight, as a merge does, must never reach the file
+    with torch.no_grad():
+        model.img_in.proj.weight.add_(1)
+    assert dit_path.read_bytes() == before
+
+
+def test_comfyui_names_give_the_same_model(
+    tmp_path: Path, weights: dict[str, Tensor], golden_json: Callable[[str], Any]
+) -> None:
+    comfyui = {row["original"]: row["comfyui"] for row in golden_json("keymap")["weights"]}
+    renamed = {"model.diffusion_model." + comfyui[name]: weight for name, weight in weights.items()}
+    save_file(renamed, tmp_path / "comfyui.safetensors")
+    assert_same(load_dit(tmp_path / "comfyui.safetensors"), weights)
+
+
+def test_a_sharded_folder_is_one_checkpoint(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    names = list(weights)
+    shards = {"a-00001.safetensors": names[::2], "a-00002.safetensors": names[1::2]}
+    for file_name, part in shards.items():
+        save_file({name: weights[name] for name in part}, tmp_path / file_name)
+    weight_map = {name: file_name for file_name, part in shards.items() for name in part}
+    index = tmp_path / "a.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert_same(load_dit(tmp_path), weights)
+    assert [path.name for path in Checkpoint.open(tmp_path).files] == sorted(shards)
+
+    (tmp_path / "a-00002.safetensors").unlink()
+    with pytest.raises(HyimgError, match=r"there is no file `.*a-00002\.safetensors`"):
+        check_dit(tmp_path)
+    index.unlink()
+    save_file(weights, tmp_path / "a-00002.safetensors")
+    with pytest.raises(HyimgError, match="0 index files and 2 safetensors files"):
+        check_dit(tmp_path)
+
+
+def test_dtype_is_converted_on_the_way_and_a_callback_has_the_last_word(dit_path: Path) -> None:
+    seen = []
+
+    def on_tensor(name: str, tensor: Tensor) -> Tensor:
+        seen.append((name, tensor.dtype))
+        return tensor.half() if name.endswith("linear1.weight") else tensor
+
+    model = load_dit(dit_path, dtype=torch.bfloat16, on_tensor=on_tensor)
+    assert seen == [(name, torch.bfloat16) for name, _ in model.named_parameters()]
+    assert model.dtype == torch.bfloat16
+    assert model.single_blocks[0].linear1.weight.dtype == torch.float16
+
+
+def test_a_vae_file_is_loaded_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    vae = VAE(VAE_TINY)
+    init_random(vae, seed=0)
+    path = tmp_path / "vae.safetensors"
+    save_file({f"vae.{name}": tensor.half() for name, tensor in vae.state_dict().items()}, path)
+    assert check_vae(path) == VAE_TINY
+    assert load_vae(path).dtype == torch.float16
+    assert_same(
+        load_vae(path, dtype=torch.float32), {k: v.half().float() for k, v in vae.state_dict().items()}
+    )
+    with pytest.raises(HyimgError, match="is a VAE, not a diffusion transformer") as error:
+        load_dit(path)
+    assert error.value.hint is not None
+    assert "--dit" in error.value.hint
+
+
+def test_every_missing_surplus_and_misshapen_tensor_is_in_one_error(
+    tmp_path: Path, weights: dict[str, Tensor]
+) -> None:
+    changed = dict(weights)
+    del changed["time_in.mlp.0.bias"]
+    changed["single_blocks.1.linear2.weight"] = torch.zeros(64, 7)
+    changed["single_blocks.1.linear9.weight"] = torch.zeros(1)
+    save_file(changed, tmp_path / "bad.safetensors")
+    with pytest.raises(HyimgError) as error:
+        check_dit(tmp_path / "bad.safetensors")
+    assert "`time_in.mlp.0.bias` is missing" in error.value.message
+    assert (
+        "`single_blocks.1.linear2.weight` has the shape [64, 7] instead of [64, 320]" in error.value.message
+    )
+    assert "`single_blocks.1.linear9.weight` is not known" in error.value.message
+
+    changed |= {f"surplus_{n}": torch.zeros(1) for n in range(20)}
+    save_file(changed, tmp_path / "worse.safetensors")
+    with pytest.raises(HyimgError, match=r"; and 13 more\n") as error:
+        load_dit(tmp_path / "worse.safetensors")
+    assert error.value.message.count("`") == 2 * 11
+
+
+def test_a_split_tensor_without_a_part_and_a_foreign_transformer_are_named(
+    tmp_path: Path, weights: dict[str, Tensor]
+) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file(
+        {
+            "transformer_blocks.0.attn.to_q.weight": torch.zeros(8, 8),
+            "single_transformer_blocks.0.x": torch.zeros(1),
+        },
+        path,
+    )
+    with pytest.raises(
+        HyimgError, match=r"no tensor `img_in.proj.weight`; `transformer_blocks.0.attn.to_k.weight` is"
+    ):
+        check_dit(path)
+    save_file(weights | {"img_in.proj.weight": torch.zeros(64, 16, 2, 2)}, path)
+    with pytest.raises(HyimgError, match=r"cannot be a HunyuanImage-2\.1 DiT: its patches are 2x2"):
+        check_dit(path)
+
+
+def test_a_truncated_file_tells_both_sizes(dit_path: Path) -> None:
+    size = dit_path.stat().st_size
+    with dit_path.open("r+b") as file:
+        file.truncate(size - 1000)
+    with pytest.raises(
+        HyimgError, match=f"is truncated: its header tells of {size} bytes and the file has {size - 1000}"
+    ):
+        read_header(dit_path)
+    with dit_path.open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(HyimgError, match=r"is truncated: its header alone needs .* and the file has 100"):
+        read_header(dit_path)
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+@pytest.mark.parametrize("new_zipfile", [True, False])
+def test_a_pickle_is_refused_with_the_reason_whatever_its_name(
+    tmp_path: Path, name: str, new_zipfile: bool
+) -> None:
+    torch.save({"x": torch.zeros(1)}, tmp_path / name, _use_new_zipfile_serialization=new_zipfile)
+    with pytest.raises(HyimgError, match="is a pickle, which can run any code when opened"):
+        check_dit(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it has only 0 bytes"),
+        (b"\x00" * 4096, "is not a safetensors file$"),
+        (pickle.dumps([1] * 50, protocol=4), "is a pickle"),
+        ((10).to_bytes(8, "little") + b"{not json}", "its header cannot be parsed"),
+        ((2**40).to_bytes(8, "little") + b"{}" * 50, "its header would have 1099511627776 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a git LFS pointer"),
+    ],
+)
+def test_what_is_not_safetensors_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(HyimgError, match=message):
+        read_header(write(tmp_path / "file.safetensors", content))
+
+
+@pytest.mark.parametrize(("start", "end"), [(4, 12), (0, 12), (-4, 4)])
+def test_offsets_that_do_not_fit_are_refused(tmp_path: Path, start: int, end: int) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [start, end]}}).encode()
+    path = write(tmp_path / "x.safetensors", len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(HyimgError, match="is damaged: the header's offsets of `x`"):
+        read_header(path)
+
+
+def test_missing_and_wrong_kinds_of_path_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(HyimgError, match="there is no file"):
+        load_vae(tmp_path / "none.safetensors")
+    with pytest.raises(HyimgError, match="is a folder"):
+        read_header(tmp_path)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_checkpoint_reads_what_the_safetensors_library_reads(tmp_path: Path, mmap: bool) -> None:
+    tensors = {
+        "b": torch.randn(2, 3),
+        "c": torch.randn(4).bfloat16(),
+        "d": torch.tensor(3.5),
+        "e": torch.zeros(0, 4),
+        "f": torch.randn(5).to(torch.float8_e4m3fn),
+        "g": torch.tensor([True, False]),
+    }
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"k": "v"})
+    checkpoint = Checkpoint.open(tmp_path / "x.safetensors", mmap=mmap)
+    assert checkpoint.metadata == {"k": "v"}
+    for name, tensor in tensors.items():
+        found = checkpoint.read(name)
+        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found.flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_tensor_at_an_odd_offset_is_read(tmp_path: Path, mmap: bool) -> None:
+    header = {
+        "odd": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "x": {"dtype": "F32", "shape": [2], "data_offsets": [3, 11]},
+    }
+    text = json.dumps(header).encode()
+    data = len(text).to_bytes(8, "little") + text + bytes(3) + torch.tensor([1.5, -2.0]).numpy().tobytes()
+    checkpoint = Checkpoint.open(write(tmp_path / "x.safetensors", data), mmap=mmap)
+    assert checkpoint.read("x").tolist() == [1.5, -2.0]
+    assert checkpoint.read("x").data_ptr() % 4 == 0
+
+
+def test_a_dtype_that_torch_lacks_is_named(tmp_path: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
+    path = write(tmp_path / "x.safetensors", len(header).to_bytes(8, "little") + header + bytes(2))
+    with pytest.raises(HyimgError, match=r"`x` in .* has the dtype F4"):
+        Checkpoint.open(path).read("x")
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("dit_keys", "dit"),
+        ("vae_keys", "vae"),
+        ("qwen_keys", "qwen"),
+        ("byt5_keys", "byt5"),
+    ],
+)
+def test_kinds_of_models_are_told_apart_by_their_names(
+    golden_json: Callable[[str], Any], file: str, kind: str
+) -> None:
+    assert identify(golden_json(file)["keys"]) == kind
+
+
+def test_lora_files_of_all_formats_and_unknown_files_are_told_apart() -> None:
+    golden = Path(__file__).parents[1] / "golden"
+    for name in ("kohya", "comfy", "comfy_reversed", "dpipe", "diffusers"):
+        assert identify(read_header(golden / f"lora_{name}.safetensors").tensors) == "lora"
+    assert (
+        identify(
+            row["diffusers"][0]["name"] for row in json.loads((golden / "keymap.json").read_text())["weights"]
+        )
+        == "dit"
+    )
+    assert identify(["some.weight"]) == "unknown"
