@@ -1,0 +1,74 @@
+"""The values of a LoRA file's tensors as float64 numpy arrays, and back into a file's dtype. No torch."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from hyimg.errors import HyimgError
+from hyimg.lora.writer import stored_chunks
+from hyimg.model.safetensors_file import Header
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Values = NDArray[np.float64]
+
+# bfloat16 is missing in numpy: it is the upper half of a float32
+_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+
+
+def read_values(header: Header, key: str, rows: tuple[int, int] | None = None) -> Values:
+    """A tensor of a file in its shape, or some rows of it.
+
+    Raises `HyimgError` for a dtype that is not computed with (fp8).
+    """
+    import numpy as np
+
+    info = header.tensors[key]
+    start, end, shape = info.start, info.end, info.shape
+    if rows is not None:
+        row_bytes = (end - start) // shape[0]
+        start, end, shape = start + rows[0] * row_bytes, start + rows[1] * row_bytes, (-1, *shape[1:])
+    file_range = (header.data_start + start, header.data_start + end)
+    raw = b"".join(bytes(chunk) for chunk in stored_chunks(header.path, *file_range))
+    if info.dtype == "BF16":
+        wide = np.frombuffer(raw, dtype="<u2").astype("<u4") << np.uint32(16)
+        return wide.view("<f4").astype(np.float64).reshape(shape)
+    if info.dtype not in _NUMPY_DTYPES:
+        raise HyimgError(
+            f"`{key}` in `{header.path}` has the dtype {info.dtype}, which cannot be computed with",
+            hint="only a change of names can carry it; save the LoRA in bf16, fp16 or fp32",
+        )
+    return np.frombuffer(raw, dtype=_NUMPY_DTYPES[info.dtype]).astype(np.float64).reshape(shape)
+
+
+def encode(values: Values, dtype: str) -> bytes:
+    """The bytes of `values` in a file's dtype, row-major. BF16 is for values that it holds exactly."""
+    if dtype == "BF16":
+        return (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+    return values.astype(_NUMPY_DTYPES[dtype]).tobytes()
+
+
+def widened(dtype: str, scale: float) -> str:
+    """The narrowest dtype, of `dtype` and F32, that holds `dtype`'s values times `scale` to float32 rounding.
+
+    A power of two only moves bfloat16's exponent; float16's range is too small for that.
+    """
+    exact = dtype == "BF16" and math.frexp(scale)[0] in (0.5, -0.5)
+    return dtype if scale == 1 or exact or dtype in ("F32", "F64") else "F32"
+
+
+def same_bytes(header: Header, one: str, other: str) -> bool:
+    """Whether two tensors of a file are the same in dtype, shape and every byte."""
+    a, b = header.tensors[one], header.tensors[other]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    start = header.data_start
+    pairs = zip(
+        stored_chunks(header.path, start + a.start, start + a.end),
+        stored_chunks(header.path, start + b.start, start + b.end),
+        strict=True,
+    )
+    return all(x == y for x, y in pairs)

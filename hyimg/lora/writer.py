@@ -1,0 +1,128 @@
+"""Writes safetensors files of any size in little memory, with the hashes that the reference tool writes.
+
+The order of the tensors and the header are those of the safetensors library, byte for byte but for the order
+of the metadata (the library's is random), so that hashes of the whole layout agree with the reference tool.
+
+`sshs_model_hash`: SHA-256 of the tensor bytes. `sshs_legacy_hash`: the first 8 hex digits of the SHA-256 of
+bytes 0x100000 to 0x110000 of the file as it would be with only the `ss_` entries of its metadata. Both agree
+with the recipes of tests/golden/lora_network.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from hyimg.cache.atomic import atomic_path
+from hyimg.errors import RunError
+from hyimg.model.safetensors_file import DTYPES
+
+CHUNK_BYTES = 1 << 20
+_LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
+
+# The order in which the safetensors library lays out dtypes, and names within one
+_DTYPE_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
+assert set(_DTYPE_ORDER) == set(DTYPES)
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to write: `chunks()` gives its `num_bytes` bytes, row-major, in pieces of any size."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    chunks: Callable[[], Iterable[bytes | memoryview]]
+
+
+def write_lora(
+    dst: str | os.PathLike[str],
+    tensors: Iterable[OutputTensor],
+    metadata: Mapping[str, str] | None,
+    *,
+    durable: bool = True,
+) -> None:
+    """Writes a LoRA file, whole or not at all, and puts both hashes into its metadata.
+
+    With `metadata` None the file gets none, and so no hashes. `durable` as for `atomic_path`, whose errors
+    are raised too.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (_DTYPE_ORDER.index(tensor.dtype), tensor.name))
+    with atomic_path(Path(dst), durable=durable) as temporary, open(temporary, "w+b", buffering=0) as file:
+        if metadata is None:
+            file.write(_header(ordered, None))
+            _write_all(file, _all_chunks(ordered))
+            return
+        hashes = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
+        header = _header(ordered, {**metadata, **hashes})
+        file.write(header)
+        hashes["sshs_model_hash"] = _write_all(file, _all_chunks(ordered), hashlib.sha256())
+        hashed_header = _header(ordered, {k: v for k, v in metadata.items() if k.startswith("ss_")})
+        hashes["sshs_legacy_hash"] = _legacy_hash(file, hashed_header, data_start=len(header))
+        # The hashes are as long as the zeros that stood for them, so the header is
+        file.seek(0)
+        file.write(_header(ordered, {**metadata, **hashes}))
+
+
+def stored_chunks(path: Path, start: int, end: int) -> Iterator[bytes | memoryview]:
+    """Bytes `start` to `end` of a file. Each chunk is valid until the next is asked for."""
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, end - start)))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while start < end:
+            count = file.readinto(buffer[: end - start])
+            if not count:
+                raise RunError(f"`{path}` became shorter while it was read")
+            yield buffer[:count]
+            start += count
+
+
+def _all_chunks(tensors: Sequence[OutputTensor]) -> Iterator[bytes | memoryview]:
+    for tensor in tensors:
+        num_bytes = 0
+        for chunk in tensor.chunks():
+            num_bytes += len(chunk)
+            yield chunk
+        assert num_bytes == tensor.num_bytes, tensor.name
+
+
+def _write_all(
+    file: BinaryIO, chunks: Iterable[bytes | memoryview], digest: hashlib._Hash | None = None
+) -> str:
+    """Writes chunks one after the other, and gives the hex digest of all of them where one is asked for."""
+    for chunk in chunks:
+        if digest is not None:
+            digest.update(chunk)
+        written = file.write(chunk)
+        while written < len(chunk):
+            written += file.write(chunk[written:])
+    return digest.hexdigest() if digest is not None else ""
+
+
+def _header(tensors: Sequence[OutputTensor], metadata: Mapping[str, str] | None) -> bytes:
+    """The length and the JSON, padded with blanks to a multiple of 8."""
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    position = 0
+    for tensor in tensors:
+        end = position + tensor.num_bytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _legacy_hash(file: BinaryIO, header: bytes, *, data_start: int) -> str:
+    """Hashes a window of the file that would begin with `header` and go on with the data of `file`."""
+    end = _LEGACY_START + _LEGACY_BYTES
+    window = header[_LEGACY_START:end]
+    file.seek(data_start + max(_LEGACY_START - len(header), 0))
+    while len(window) < _LEGACY_BYTES and (chunk := file.read(_LEGACY_BYTES - len(window))):
+        window += chunk
+    return hashlib.sha256(window).hexdigest()[:8]
