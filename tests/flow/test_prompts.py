@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyimg.errors import HyimgError
+from hyimg.flow.prompts import (
+    DISTILLED_DEFAULTS,
+    PromptSpec,
+    RenderDefaults,
+    load_prompts,
+    parse_prompt_line,
+)
+from hyimg.flow.sizes import NATIVE_SIZES, check_size, nearest_sizes
+
+FIELD_OF_KEY = {
+    "enum": "index",
+    "sample_steps": "steps",
+    "scale": "guidance_scale",
+    "sample_sampler": "sampler",
+}
+
+# The golden file's lines that hyimg treats otherwise, and why.
+# decisions.md: "`--g` and `--l` both guidance" (the last one counts), "`--fs` number".
+CHANGED_LINES = {
+    '"Hello" sign --g 4.0 --l 5 --fs 4.5': {"guidance_scale": 5.0, "flow_shift": 4.5},
+    # A prompt's own words are never flags: the reference reads its first word as one too, so that a prompt
+    # "n scale railway" becomes its own negative prompt.
+    "s 12 starts like a flag --w 64": {"steps": None},
+}
+# A bad flag or value is an error; the reference drops it, or the part of it that it cannot read, silently.
+BAD_LINES = {
+    "text with -- dashes and --unknown 5 flag": "--unknown",
+    "float width --w 512.9 --l 7.25": "--w 512.9",
+    'quoted "text --w 256" inside --h 320': '--w 256" inside',
+    "bad scale --l 1.2.3 --d 3": "--l 1.2.3",
+}
+
+
+def said(spec: PromptSpec) -> dict[str, Any]:
+    """The fields that the user gave, under our names."""
+    fields = dataclasses.asdict(spec)
+    extra = fields.pop("extra")
+    return {name: value for name, value in fields.items() if value is not None} | extra
+
+
+def ours(expected: dict[str, Any]) -> dict[str, Any]:
+    return {FIELD_OF_KEY.get(key, key): value for key, value in expected.items()}
+
+
+def write(folder: Path, suffix: str, content: str) -> Path:
+    path = folder / f"prompts{suffix}"
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def test_a_text_file_agrees_with_the_golden_file(tmp_path: Path, golden_prompts: dict[str, Any]) -> None:
+    lines = golden_prompts["txt"]["file_content"].split("\n")
+    prompt_lines = [line for line in lines if line.strip() and line[0] != "#"]
+    expected = dict(zip(prompt_lines, map(ours, golden_prompts["txt"]["expected"]), strict=True))
+    for line, changes in CHANGED_LINES.items():
+        expected[line] = {k: v for k, v in (expected[line] | changes).items() if v is not None}
+
+    good = [line for line in lines if line not in BAD_LINES]
+    specs = load_prompts(write(tmp_path, ".txt", "\n".join(good)))
+    wanted = [fields for line, fields in expected.items() if line not in BAD_LINES]
+    assert [said(spec) for spec in specs] == [w | {"index": i} for i, w in enumerate(wanted)]
+
+
+def test_every_bad_line_of_the_golden_file_is_in_one_error(
+    tmp_path: Path, golden_prompts: dict[str, Any]
+) -> None:
+    content = golden_prompts["txt"]["file_content"]
+    path = write(tmp_path, ".txt", content)
+    with pytest.raises(HyimgError) as caught:
+        load_prompts(path)
+    message = caught.value.message
+    assert len(message.splitlines()) == 1 + len(BAD_LINES)
+    for line, flag in BAD_LINES.items():
+        number = content.split("\n").index(line) + 1
+        assert f"`{path}` line {number}: " in message
+        assert f"`{flag}`" in message
+
+
+@pytest.mark.parametrize("name", ["toml", "json"])
+def test_tables_agree_with_the_golden_file(tmp_path: Path, golden_prompts: dict[str, Any], name: str) -> None:
+    specs = load_prompts(write(tmp_path, f".{name}", golden_prompts[name]["file_content"]))
+    assert [said(spec) for spec in specs] == [ours(e) for e in golden_prompts[name]["expected"]]
+
+
+def test_a_toml_prompt_may_override_a_common_key(tmp_path: Path, golden_prompts: dict[str, Any]) -> None:
+    """decisions.md overrides `toml_subset_overrides_parent`, an exception in the reference."""
+    content = golden_prompts["toml_subset_overrides_parent"]["file_content"]
+    first, second = load_prompts(write(tmp_path, ".toml", content))
+    assert (first.steps, second.steps) == (25, 8)
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "hint"),
+    [
+        ("a cat --w 100", "`--w 100` is not a multiple of 32", "the nearest valid sizes are 96 and 128"),
+        ("a cat --h 0", "`--h 0` is not a multiple of 32", "the nearest valid size is 32"),
+        ("a cat --w 12px", "`--w 12px` is not a number", None),
+        ("a cat --l nan", "`--l nan` is not a number", None),
+        ("a cat --s", "`--s` without a value is not a number", None),
+        ("a cat --d -1", "`--d -1` is not from 0 to 2^64 - 1", "leave the seed out for a random one"),
+        ("a cat --d 1.5", "`--d 1.5` is not a whole number", None),
+        ("a cat --fs 0", "`--fs 0` is not over 0", None),
+        ("a cat --g -2", "`--g -2` is not at least 0", None),
+        ("a cat --seed 2", "the flag `--seed` is not known", "`--d`"),
+        ("a cat --cn pose.png", "the flag `--cn` is for other models", "`--d`"),
+    ],
+)
+def test_a_bad_flag_is_one_error_that_names_place_and_flag(line: str, message: str, hint: str | None) -> None:
+    with pytest.raises(HyimgError) as caught:
+        parse_prompt_line(line, place="`cats.txt` line 3")
+    assert caught.value.message == f"`cats.txt` line 3: {message}"
+    assert caught.value.exit_code == 2
+    assert (caught.value.hint is None) if hint is None else (hint in str(caught.value.hint))
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        ("a -- b --w 64", {"prompt": "a -- b", "width": 64}),
+        ("well--known\t--D 5", {"prompt": "well--known", "seed": 5}),
+        ("a cat --n", {"prompt": "a cat", "negative_prompt": ""}),
+        ("a cat --L 2 --G 1e0", {"prompt": "a cat", "guidance_scale": 1.0}),
+        ("--d 18446744073709551615", {"prompt": "", "seed": 2**64 - 1}),
+    ],
+)
+def test_what_a_prompt_line_means(line: str, fields: dict[str, Any]) -> None:
+    assert said(parse_prompt_line(line)) == {"index": 0, **fields}
+
+
+def test_bad_keys_of_tables_are_errors_and_strange_ones_are_kept(tmp_path: Path) -> None:
+    content = '[{"prompt": "a", "widht": 64}, {"prompt": "b", "seed": true}, {"width": 64}, 5, {"prompt": 3}]'
+    with pytest.raises(HyimgError) as caught:
+        load_prompts(write(tmp_path, ".json", content))
+    lines = caught.value.message.splitlines()[1:]
+    assert [re.search(r"prompt (\d): (.*)", line).groups() for line in lines] == [  # type: ignore[union-attr]
+        ("1", "unknown key `widht` (did you mean `width`?)"),
+        ("2", "`seed = True` is not a number"),
+        ("3", "it has no `prompt`"),
+        ("4", "it is neither a prompt line nor a table of keys"),
+        ("5", "`prompt = 3` is not text"),
+    ]
+    (spec,) = load_prompts(write(tmp_path, ".json", '[{"prompt": "a", "mood": "blue", "seed": null}]'))
+    assert (spec.extra, spec.seed) == ({"mood": "blue"}, None)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "message"),
+    [
+        (".txt", "# only\n\n", "holds no prompt"),
+        (".json", "[]", "holds no prompt"),
+        (".json", "{", "is not JSON"),
+        (".json", "{}", "is not a list"),
+        (".toml", "[prompt", "is not TOML"),
+        (".toml", "width = 64", "has no prompts"),
+        (".csv", "a", "neither .txt, .toml nor .json"),
+    ],
+)
+def test_a_file_without_prompts_is_refused(tmp_path: Path, suffix: str, content: str, message: str) -> None:
+    with pytest.raises(HyimgError, match=message) as caught:
+        load_prompts(write(tmp_path, suffix, content))
+    assert f"prompts{suffix}" in caught.value.message
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HyimgError, match="does not exist"):
+        load_prompts(tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(HyimgError, match="not UTF-8"):
+        load_prompts(tmp_path / "latin.txt")
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(HyimgError, match="cannot be read"):
+        load_prompts(tmp_path / "folder.txt")
+    (tmp_path / "windows.txt").write_bytes("\ufeffa cat --d 1\r\na dog\r\n".encode())
+    assert [spec.prompt for spec in load_prompts(tmp_path / "windows.txt")] == ["a cat", "a dog"]
+
+
+def test_a_prompt_is_completed_from_the_commands_defaults() -> None:
+    defaults = RenderDefaults(width=1024, steps=20, seed=3, negative_prompt="bad")
+    spec = parse_prompt_line("a cat --h 768 --l 0 --n").resolve(defaults)
+    assert (spec.width, spec.height, spec.steps, spec.seed) == (1024, 768, 20, 3)
+    assert (spec.guidance_scale, spec.negative_prompt, spec.flow_shift) == (0.0, "", 5.0)
+    distilled = parse_prompt_line("a cat").resolve(DISTILLED_DEFAULTS)
+    assert (distilled.steps, distilled.guidance_scale, distilled.flow_shift) == (8, 3.25, 4.0)
+
+
+def test_a_prompt_without_a_seed_gets_a_random_one() -> None:
+    seeds = {parse_prompt_line("a cat").resolve(RenderDefaults()).seed for _ in range(20)}
+    assert len(seeds) == 20
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_sizes_are_checked_and_the_nearest_named() -> None:
+    assert nearest_sizes(2047) == (2016, 2048)
+    assert nearest_sizes(2048) == (2048,)
+    for width, height in NATIVE_SIZES:
+        check_size(width, "width")
+        check_size(height, "height")
+    with pytest.raises(HyimgError, match="`image_size` 31 is not a multiple of 32"):
+        check_size(31, "image_size")
+
+
+def test_prompts_are_read_without_torch() -> None:
+    code = "import sys, hyimg.flow.prompts, hyimg.flow.builtins; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
