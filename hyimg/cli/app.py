@@ -1,0 +1,107 @@
+"""The command `hyimg`: its subcommands, and how errors become sentences and exit codes.
+
+Exit codes: 0 done, 2 wrong input, 1 a failed run, 130 after Ctrl-C, 143 after SIGTERM.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from hyimg import __version__
+from hyimg.cli import commands
+from hyimg.cli.flags import CONTEXT_SETTINGS, add_command
+from hyimg.config import commands as configs
+from hyimg.errors import HyimgError, did_you_mean
+
+TRACEBACK_FLAG = "--traceback"
+
+app = typer.Typer(
+    name="hyimg",
+    help="Train LoRA adapters for HunyuanImage-2.1, and render with them.",
+    no_args_is_help=True,
+    context_settings=CONTEXT_SETTINGS,
+    pretty_exceptions_enable=False,
+    epilog="Every command: `--traceback` shows where an error came from.",
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hyimg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+STAGES, TOOLS = "Stages", "Tools"
+add_command(app, "cache-latents", configs.CacheLatentsConfig, commands.cache_latents, panel=STAGES)
+add_command(app, "cache-text", configs.CacheTextConfig, commands.cache_text, panel=STAGES)
+add_command(app, "train", configs.TrainConfig, commands.train, panel=STAGES)
+add_command(app, "sample", configs.SampleConfig, commands.sample, panel=STAGES)
+add_command(app, "infer", configs.InferConfig, commands.infer, panel=STAGES)
+add_command(app, "convert-comfy", configs.ConvertComfyConfig, commands.convert_comfy, panel=STAGES)
+add_command(app, "inspect-modules", configs.InspectModulesConfig, commands.inspect_modules, panel=STAGES)
+add_command(app, "make-tiny-model", configs.MakeTinyModelConfig, commands.make_tiny_model, panel=TOOLS)
+add_command(app, "demo", configs.DemoConfig, commands.demo, panel=TOOLS)
+add_command(app, "plugins", configs.PluginsConfig, commands.list_plugins, panel=TOOLS)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command line and exits the process with its code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs a command line and returns its exit code; errors are printed to stderr."""
+    show_traceback = TRACEBACK_FLAG in arguments
+    arguments = [a for a in arguments if a != TRACEBACK_FLAG]
+    try:
+        code: Any = app(arguments, prog_name="hyimg", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except HyimgError as error:
+        if show_traceback:
+            raise
+        _complain(error.message, error.hint)
+        return error.exit_code
+    except typer.TyperException as error:
+        if show_traceback:
+            raise
+        # no_args_is_help arrives as an exception whose message is the whole help
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(error.format_message(), err=True)
+        else:
+            _complain(*_usage(error))
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted", None)
+        return 130
+
+
+def _usage(error: typer.TyperException) -> tuple[str, str | None]:
+    """(message, hint) of a usage error that Typer found."""
+    ctx = getattr(error, "ctx", None)
+    listing = f"`{ctx.command_path} --help` lists what there is" if ctx is not None else None
+    unknown = getattr(error, "option_name", None)
+    if unknown is not None and type(error).__name__ == "NoSuchOption" and ctx is not None:
+        # Typer compares with dashes; users read our names with underscores
+        known = [name for p in ctx.command.params for name in p.opts if not getattr(p, "hidden", False)]
+        unknown = "--" + unknown.lstrip("-").replace("-", "_")
+        return f"no such option: `{unknown}`", did_you_mean(unknown, known) or listing
+    message = error.format_message().strip().rstrip(".")
+    return message[:1].lower() + message[1:], listing
+
+
+def _complain(message: str, hint: str | None) -> None:
+    typer.echo(f"error: {message}", err=True)
+    if hint:
+        typer.echo(f"hint: {hint}", err=True)

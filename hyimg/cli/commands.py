@@ -1,0 +1,99 @@
+"""What each command runs. The docstrings are the commands' help; heavy modules are imported inside."""
+
+from __future__ import annotations
+
+import typer
+
+from hyimg.config.commands import (
+    CacheLatentsConfig,
+    CacheTextConfig,
+    ConvertComfyConfig,
+    DemoConfig,
+    InferConfig,
+    InspectModulesConfig,
+    MakeTinyModelConfig,
+    PluginsConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from hyimg.report import ConsoleReporter
+
+
+def cache_latents(config: CacheLatentsConfig, report: ConsoleReporter) -> None:
+    """Encode the dataset's images with the VAE, and keep the latents on disk."""
+    from hyimg.stages.cache_latents import cache_latents
+
+    cache_latents(config, report)
+
+
+def cache_text(config: CacheTextConfig, report: ConsoleReporter) -> None:
+    """Encode the dataset's captions with Qwen2.5-VL and byT5, and keep the results on disk."""
+    from hyimg.stages.cache_text import cache_text
+
+    cache_text(config, report)
+
+
+def train(config: TrainConfig, report: ConsoleReporter) -> None:
+    """Train a LoRA on the cached dataset."""
+    from hyimg.pipeline import train
+
+    train(config, report)
+
+
+def sample(config: SampleConfig, report: ConsoleReporter) -> None:
+    """Render a prompt file with one or more LoRA files, and make a contact sheet of the results."""
+    from hyimg.stages.sample import sample
+
+    sample(config, report)
+
+
+def infer(config: InferConfig, report: ConsoleReporter) -> None:
+    """Render images from prompts, with or without LoRA files."""
+    from hyimg.stages.infer import infer
+
+    infer(config, report)
+
+
+def convert_comfy(config: ConvertComfyConfig, report: ConsoleReporter) -> None:
+    """Convert a LoRA file to ComfyUI's names, or back."""
+    from hyimg.stages.convert_comfy import convert_comfy
+
+    convert_comfy(config, report)
+
+
+def inspect_modules(config: InspectModulesConfig, report: ConsoleReporter) -> None:
+    """List the modules that a LoRA can train and a pattern can name, with the rank and rate that each gets."""
+    from hyimg.stages.inspect_modules import inspect_modules
+
+    inspect_modules(config, report)
+
+
+def make_tiny_model(config: MakeTinyModelConfig, report: ConsoleReporter) -> None:
+    """Write a complete tiny model with random weights, for dry runs of your own commands."""
+    from hyimg.stages.make_tiny_model import make_tiny_model
+
+    make_tiny_model(config, report)
+
+
+def demo(config: DemoConfig, report: ConsoleReporter) -> None:
+    """Run the whole pipeline on a tiny model and a few photographs, printing each command."""
+    from hyimg.stages.demo import demo
+
+    demo(config, report)
+
+
+def list_plugins(config: PluginsConfig, report: ConsoleReporter) -> None:
+    """List the plugins that are loaded, from where, and what they provide."""
+    import json
+    from dataclasses import asdict
+
+    from hyimg.plugins import load_plugins
+
+    rows = load_plugins(config.common.plugin).listing()
+    if config.listing.json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    for row in rows:
+        typer.echo(f"{row.name} ({row.origin})")
+        for kind, names in row.provides.items():
+            typer.echo(f"  {kind.replace('_', ' ')}: {', '.join(names)}")

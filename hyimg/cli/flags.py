@@ -1,0 +1,152 @@
+"""From a command's config to Typer options, and from what the user typed back to the config.
+
+Every option is declared as text: the config's loader converts and checks flags and run files alike, so that
+both get the same answer. Names work with dashes or underscores; several values may follow one flag.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+from hyimg.config import legacy, load
+from hyimg.config.option import Option, all_options
+from hyimg.report import ConsoleReporter
+
+C = TypeVar("C")
+
+CONTEXT_SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: name.replace("_", "-"),
+}
+
+
+class StageCommand(TyperCommand):
+    """A command that takes several values after one flag and knows the reference tool's flags.
+
+    `--lora_weight a b` is read as `--lora_weight a --lora_weight b`. A command with positional arguments
+    has no such options, since nothing would tell their values apart.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        notes: list[str] = []
+        options = [p for p in self.params if isinstance(p, TyperOption)]
+        known = frozenset(
+            o.lstrip("-").replace("-", "_") for p in options for o in [*p.opts, *p.secondary_opts]
+        )
+        args = legacy.translate_arguments(args, known, notes)
+        many = {_normal(o) for p in options if p.multiple for o in p.opts}
+        args, ctx.meta["hyimg.off"] = _take_negations(args, options)
+        ctx.meta["hyimg.notes"] = notes
+        return super().parse_args(ctx, _repeat_flags(args, many))
+
+
+def _take_negations(args: list[str], options: list[TyperOption]) -> tuple[list[str], list[str]]:
+    """`--no_NAME` for each on/off option (so that a flag wins over the run file), kept out of the help."""
+    switches = {_normal(f"--no-{o.name}"): str(o.name) for o in options if o.is_flag}
+    off = [switches[_normal(word)] for word in args if _normal(word) in switches]
+    return [word for word in args if _normal(word) not in switches], off
+
+
+def _normal(flag: str) -> str:
+    return flag.replace("_", "-")
+
+
+def _repeat_flags(args: list[str], many: set[str]) -> list[str]:
+    result: list[str] = []
+    flag: str | None = None
+    fresh = False
+    for word in args:
+        if word.startswith("--"):
+            name = _normal(word.partition("=")[0])
+            flag = word if name in many and "=" not in word else None
+            fresh = True
+            result.append(word)
+        elif flag is not None and not fresh and not _is_short_flag(word):
+            result += [flag, word]
+        else:
+            fresh = False
+            result.append(word)
+    return result
+
+
+def _is_short_flag(word: str) -> bool:
+    return word.startswith("-") and len(word) > 1 and not word[1].isdigit() and word[1] != "."
+
+
+def add_command(
+    app: typer.Typer, name: str, config: type[C], run: Callable[[C, ConsoleReporter], None], *, panel: str
+) -> None:
+    """Adds the command `name`, whose options are the config's; `run` gets the config and where to report.
+
+    `run`'s docstring is the command's help.
+    """
+    options = list(all_options(config))
+
+    def command(ctx: typer.Context, **typed: Any) -> None:
+        notes: list[str] = ctx.meta.get("hyimg.notes", [])
+        given = {key: value for key, value in typed.items() if value not in (None, [], ())}
+        given |= dict.fromkeys(ctx.meta.get("hyimg.off", []), False)
+        run_file = given.get("config")
+        resolved = load.make(config, given, run_file=Path(run_file) if run_file else None, notes=notes)
+        reporter = ConsoleReporter()
+        for note in notes:
+            reporter.note(f"note: {note}")
+        run(resolved, reporter)
+
+    parameters = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    parameters += [_parameter(opt) for opt in options]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    app.command(
+        name,
+        cls=StageCommand,
+        help=inspect.getdoc(run),
+        context_settings=CONTEXT_SETTINGS,
+        rich_help_panel=panel,
+    )(command)
+
+
+def _parameter(opt: Option) -> inspect.Parameter:
+    declared = typer.Argument(metavar=opt.name.upper(), help=opt.traits.help, show_default=False)
+    if not opt.traits.argument:
+        declared = _option(opt)
+    annotation: Any = bool if opt.kind == "bool" else str
+    annotation = list[annotation] if opt.many else annotation
+    return inspect.Parameter(
+        opt.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[annotation | None, declared],
+    )
+
+
+def _option(opt: Option) -> Any:
+    names = [f"--{name}" for name in (opt.name, *opt.traits.aliases)]
+    return typer.Option(
+        *names,
+        help=_help(opt),
+        metavar=opt.metavar or None,
+        rich_help_panel=opt.panel,
+        show_default=False,
+        hidden=opt.traits.later is not None and not opt.traits.available,
+        autocompletion=(lambda: list(opt.traits.choices)) if opt.traits.choices else None,
+    )
+
+
+def _help(opt: Option) -> str:
+    if opt.default in (None, (), "", False):
+        return opt.traits.help
+    default = (
+        " ".join(map(str, opt.default))
+        if opt.many
+        else f"{opt.default:g}"
+        if opt.kind == "float"
+        else opt.default
+    )
+    return f"{opt.traits.help} [default: {default}]".replace("[default", "\\[default")
