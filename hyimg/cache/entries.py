@@ -1,0 +1,208 @@
+"""A store of cache entries: content-addressed files that are right, or count as missing.
+
+    <cache>/<kind>/<identity>/ab/abcdef....safetensors      <identity>/model.json says which model
+
+The key of an entry is the hash of everything that makes it (its recipe, the model's identity, the format
+version), so nothing in the store can be stale; what can happen is damage, and each entry carries a
+checksum (`hyimg.cache.entry_file`). `EntryStore` is what the latent and the text store share:
+
+- a stage asks `good(keys)` which entries need not be made, and writes the others;
+- the training reader reads, and a missing or damaged entry is an error that names the command to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from hyimg.cache.atomic import TEMPORARY_SUFFIX, atomic_path, atomic_write_text
+from hyimg.cache.entry_file import RawTensor, canonical_json, pack, unpack
+from hyimg.cache.index import Index
+from hyimg.errors import HyimgError
+
+FORMAT_VERSION = 1
+"""Raised whenever an entry would hold other numbers for the same recipe; then every key changes."""
+
+_SUFFIX = ".safetensors"
+_IDENTITY_FILE = "model.json"
+_IDENTITY_CHARS = 16
+_LEFTOVER_SECONDS = 3600.0
+_BACKDATE_NS = 3_000_000_000
+
+
+class MissingEntryError(HyimgError):
+    """An entry that must be there for training is not."""
+
+
+class DamagedEntryError(HyimgError):
+    """An entry's file is cut short, altered, or holds something else."""
+
+
+class EntryStore:
+    """The entries of one kind made by one model, under `folder` (say `hyimg-cache/latents`).
+
+    `model_identity` is any text that changes whenever the model would give other numbers (a content
+    hash, and whatever else matters: precision, template). `index` remembers which checksums were seen
+    right, so that a warm `good` reads no entry; without it each call reads them all.
+    """
+
+    kind: ClassVar[str]
+    """The word for an entry in messages: "latent", "text"."""
+    command: ClassVar[str]
+    """The command that makes and repairs the entries."""
+
+    def __init__(self, folder: Path | str, model_identity: str, *, index: Index | None = None) -> None:
+        self.folder = Path(folder)
+        self.model_identity = model_identity
+        self.entries_folder = self.folder / _folder_name(model_identity)
+        self._index = index
+
+    @classmethod
+    def identities(cls, folder: Path | str) -> list[str]:
+        """The identities of the models that have entries under `folder`, in a fixed order."""
+        found: list[str] = []
+        for path in sorted(Path(folder).glob(f"*/{_IDENTITY_FILE}")):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found.append(str(json.loads(path.read_text(encoding="utf-8"))["identity"]))
+        return found
+
+    # keys and places ------------------------------------------------------------------------------------
+
+    def key_of(self, recipe: Mapping[str, object]) -> str:
+        """The key (64 hexadecimal digits) of the entry that this model makes from `recipe` (plain JSON)."""
+        made_from = {"format": FORMAT_VERSION, "kind": self.kind, "model": self.model_identity, **recipe}
+        return hashlib.sha256(canonical_json(made_from).encode()).hexdigest()
+
+    def path(self, key: str) -> Path:
+        return self.entries_folder / key[:2] / f"{key}{_SUFFIX}"
+
+    def has(self, key: str) -> bool:
+        """Whether an entry's file is there, unread (`good` says whether it is right)."""
+        return self.path(key).is_file()
+
+    # writing --------------------------------------------------------------------------------------------
+
+    def write_raw(self, key: str, tensors: Mapping[str, RawTensor], recipe: Mapping[str, object]) -> None:
+        """Writes an entry whole; several processes may write the same one.
+
+        Raises `HyimgError` where the folder cannot be written, `RunError` where the disk is full.
+        """
+        data = pack(key, tensors, recipe)
+        self._name_the_model()
+        # the checksum sees what a power cut does, so the flush (several ms an entry) is left out
+        with atomic_path(self.path(key), durable=False) as temporary:
+            temporary.write_bytes(data)
+            # dated back, so that damage right after writing cannot hide within one tick of the file clock
+            written_ns = time.time_ns() - _BACKDATE_NS
+            os.utime(temporary, ns=(written_ns, written_ns))
+            stat = temporary.stat()
+        if self._index is not None:
+            self._index.remember_checked_entries(self._index_folder, [(key, stat.st_size, stat.st_mtime_ns)])
+
+    def _name_the_model(self) -> None:
+        path = self.entries_folder / _IDENTITY_FILE
+        if not path.is_file():
+            text = canonical_json({"identity": self.model_identity, "kind": self.kind})
+            atomic_write_text(path, text + "\n")
+
+    # reading --------------------------------------------------------------------------------------------
+
+    def read_raw(self, key: str) -> dict[str, RawTensor]:
+        """The tensors of an entry, its checksum verified.
+
+        Raises `MissingEntryError` or `DamagedEntryError`, whose hint is the command that makes the entry.
+        """
+        path = self.path(key)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise MissingEntryError(
+                f"no {self.kind} cache entry `{path.name}` in `{path.parent}`", hint=f"run `{self.command}`"
+            ) from error
+        except OSError as error:
+            raise HyimgError(f"cannot read the {self.kind} cache entry `{path}`: {error.strerror}") from error
+        try:
+            return unpack(key, data)
+        except ValueError as error:
+            raise DamagedEntryError(
+                f"the {self.kind} cache entry `{path}` is damaged: {error}",
+                hint=f"run `{self.command}`, which makes exactly the damaged and missing entries again",
+            ) from error
+
+    def is_good(self, key: str) -> bool:
+        """Whether an entry is there and its checksum is right; always reads the file."""
+        try:
+            self.read_raw(key)
+        except (MissingEntryError, DamagedEntryError):
+            return False
+        return True
+
+    def good(
+        self, keys: Iterable[str], *, verify: bool = False, progress: Callable[[int], None] | None = None
+    ) -> set[str]:
+        """Those of `keys` whose entries are there and undamaged; the others count as missing.
+
+        A file that is untouched since its checksum was last seen right is not read again, unless
+        `verify`. `progress` is called with the number of keys settled since its last call.
+        """
+        there = self._listing()
+        known = {} if self._index is None or verify else self._index.checked_entries(self._index_folder)
+        good: set[str] = set()
+        checked: list[tuple[str, int, int]] = []
+        for key in keys:
+            if (stat := there.get(key)) is not None:
+                if known.get(key) == stat:
+                    good.add(key)
+                elif self.is_good(key):
+                    good.add(key)
+                    checked.append((key, *stat))
+            if progress is not None:
+                progress(1)
+        if self._index is not None and checked:
+            self._index.remember_checked_entries(self._index_folder, checked)
+        return good
+
+    def _listing(self) -> dict[str, tuple[int, int]]:
+        """key -> (size, mtime_ns) of every entry's file. Temporary files left by killed runs are removed."""
+        found: dict[str, tuple[int, int]] = {}
+        for folder in _scan(self.entries_folder):
+            if not folder.is_dir():
+                continue
+            for file in _scan(folder.path):
+                # a file may vanish meanwhile: another process renames or removes it
+                with contextlib.suppress(OSError):
+                    if file.name.endswith(_SUFFIX):
+                        stat = file.stat()
+                        found[file.name[: -len(_SUFFIX)]] = (stat.st_size, stat.st_mtime_ns)
+                    elif file.name.endswith(TEMPORARY_SUFFIX) and _is_leftover(file):
+                        os.unlink(file.path)
+        return found
+
+    @property
+    def _index_folder(self) -> str:
+        # relative, so that a cache folder that is moved as a whole keeps its index
+        return f"{self.folder.name}/{self.entries_folder.name}"
+
+
+def _folder_name(identity: str) -> str:
+    """A folder name for an identity: hashed, since an identity may be any text."""
+    return hashlib.sha256(identity.encode()).hexdigest()[:_IDENTITY_CHARS]
+
+
+def _is_leftover(file: os.DirEntry[str]) -> bool:
+    # entries in the making are dated back by seconds only, so an hour is a killed run's
+    return time.time() - file.stat().st_mtime > _LEFTOVER_SECONDS
+
+
+def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except (FileNotFoundError, NotADirectoryError):
+        return []

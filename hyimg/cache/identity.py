@@ -1,0 +1,103 @@
+"""What a file is, by its content: the sha256 that cache keys are made of.
+
+A 16 GB checkpoint is hashed once: the result is remembered by (path, size, mtime, inode), so that an
+edited or replaced file is hashed again and an untouched one is only looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hyimg.errors import HyimgError
+
+_CHUNK_BYTES = 1 << 22
+_MODEL_SUFFIXES = (".safetensors", ".json")
+
+
+@dataclass(frozen=True)
+class FileStat:
+    """What tells an untouched file from an edited one without reading it."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> FileStat:
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+    def is_settled(self) -> bool:
+        """Whether a later edit must show in `mtime_ns`; false for a file changed within the last clock tick.
+
+        Whole seconds come from file systems that keep no finer time (two seconds at worst); the others
+        take the kernel's clock, which ticks at least every 10 ms.
+        """
+        window_ns = 2_000_000_000 if self.mtime_ns % 1_000_000_000 == 0 else 20_000_000
+        return time.time_ns() - self.mtime_ns > window_ns
+
+
+class Memo(Protocol):
+    """Where content hashes are remembered: `hyimg.cache.index.Index`, or a test's dictionary."""
+
+    def content_hash(self, path: str, stat: FileStat) -> str | None: ...
+
+    def remember_content_hash(self, path: str, stat: FileStat, sha256: str) -> None: ...
+
+
+def hash_bytes(data: bytes) -> str:
+    """sha256 of `data`, 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_identity(
+    path: Path | str, memo: Memo | None = None, *, progress: Callable[[int], None] | None = None
+) -> str:
+    """sha256 of a file's content, or of a model folder's `.safetensors` and `.json` files; 64 hex digits.
+
+    `memo` remembers the hash of each file; `progress` is called with the bytes read since its last call.
+    Raises `HyimgError` where the path is missing, unreadable, or a folder without model files.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _folder_identity(path, memo, progress)
+        return _remembered_hash(path, memo, progress)
+    except OSError as error:
+        raise HyimgError(f"cannot read `{path}`: {error.strerror or error}") from error
+
+
+def _folder_identity(folder: Path, memo: Memo | None, progress: Callable[[int], None] | None) -> str:
+    # the top level only: a model folder's subfolders hold caches and alternatives, which are not read
+    paths = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_SUFFIXES and p.is_file())
+    if not paths:
+        raise HyimgError(f"the folder `{folder}` holds no `.safetensors` or `.json` file")
+    listing = "".join(f"{p.name}\0{_remembered_hash(p, memo, progress)}\n" for p in paths)
+    return hash_bytes(listing.encode())
+
+
+def _remembered_hash(path: Path, memo: Memo | None, progress: Callable[[int], None] | None) -> str:
+    name = os.path.abspath(path)
+    stat = FileStat.of(os.stat(path))
+    if memo is not None and (known := memo.content_hash(name, stat)) is not None:
+        return known
+    sha256 = _read_hash(path, progress)
+    # a file that changed while it was read, or that may change unseen within this tick, is not remembered
+    if memo is not None and stat.is_settled() and FileStat.of(os.stat(path)) == stat:
+        memo.remember_content_hash(name, stat, sha256)
+    return sha256
+
+
+def _read_hash(path: Path, progress: Callable[[int], None] | None) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            if progress is not None:
+                progress(len(chunk))
+    return digest.hexdigest()

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hyimg.data.dataset import Dataset
+from hyimg.data.dataset_file import load_dataset_file, parse_dataset
+from hyimg.errors import HyimgError
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
+def one(dataset: dict[str, object], subset: dict[str, object] | None = None) -> Dataset:
+    document = {"datasets": [{**dataset, "subsets": [{"image_dir": "cats", **(subset or {})}]}]}
+    return parse_dataset(document, Path("set.toml")).datasets[0]
+
+
+def complaint(dataset: dict[str, object], subset: dict[str, object] | None = None) -> str:
+    with pytest.raises(HyimgError) as told:
+        one(dataset, subset)
+    assert told.value.exit_code == 2
+    return told.value.message
+
+
+GUIDE = """
+[general]
+shuffle_caption = true
+caption_extension = ".txt"
+
+[[datasets]]
+batch_size = 2
+enable_bucket = true
+resolution = [1024, 1024]
+
+  [[datasets.subsets]]
+  image_dir = "cats"
+  num_repeats = 1
+
+[[datasets]]
+batch_size = 1
+enable_bucket = true
+resolution = [1280, 768]
+
+  [[datasets.subsets]]
+  image_dir = "dogs"
+  num_repeats = 1
+"""
+
+
+def test_the_guides_multi_resolution_example_works_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "set.toml"
+    path.write_text(GUIDE)
+    read = load_dataset_file(path)
+    assert [(d.resolution, d.batch_size) for d in read.datasets] == [((1024, 1024), 2), ((1280, 768), 1)]
+    assert all(d.subsets[0].caption.shuffle_caption for d in read.datasets)
+    assert read.datasets[1].subsets[0].caption_extensions == (".txt",)
+    assert read.datasets[1].bucket_sizes.bounds == (256, 1280)
+    assert "several resolutions" in read.notes[0]
+
+
+def test_json_says_the_same_and_the_inner_value_wins(tmp_path: Path) -> None:
+    path = tmp_path / "set.json"
+    subsets = [{"image_dir": "cats"}, {"image_dir": "dogs", "num_repeats": 4}]
+    tables = {
+        "general": {"num_repeats": 2, "resolution": 512, "batch_size": 3},
+        "datasets": [{"num_repeats": 3, "batch_size": 5, "subsets": subsets}],
+    }
+    path.write_text(json.dumps(tables))
+    read = load_dataset_file(path, defaults={"resolution": 1024, "prior_loss_weight": 0.5})
+    (dataset,) = read.datasets
+    assert [subset.num_repeats for subset in dataset.subsets] == [3, 4]
+    assert (dataset.resolution, dataset.batch_size, dataset.prior_loss_weight) == ((512, 512), 5, 0.5)
+
+
+def test_bounds_of_buckets_follow_the_resolution() -> None:
+    assert one({"resolution": 2048, "enable_bucket": True}).bucket_sizes.bounds == (256, 2048)
+    assert one({"resolution": 64, "enable_bucket": True}).bucket_sizes.bounds == (32, 1024)
+    assert one({"resolution": 1024, "enable_bucket": True}).bucket_sizes.steps == 32
+    assert one({"resolution": 64}).bucket_sizes.predefined == ((64, 64),)
+
+
+def test_all_problems_are_one_error() -> None:
+    document = {
+        "generall": {},
+        "datasets": [
+            {
+                "batch_size": "2",
+                "resolutoin": 512,
+                "subsets": [
+                    {"image_dir": "cats", "num_repeat": 3, "resolution": 512},
+                    {"image_dir": "nowhere", "num_repeats": -1, "flip_aug": 1},
+                    {"caption_prefix": "a"},
+                ],
+            }
+        ],
+    }
+    with pytest.raises(HyimgError) as told:
+        parse_dataset(document, Path("set.toml"))
+    lines = told.value.message.split("\n  ")
+    assert lines[0] == "`set.toml` has 10 problems:"
+    assert lines[1:] == [
+        "the top level: unknown key `generall`; did you mean `general`?",
+        "[[datasets]] 1: unknown key `resolutoin`; did you mean `resolution`?",
+        '[[datasets]] 1: `batch_size` must be a whole number of at least 1, not "2"',
+        "[[datasets]] 1, subset 1: unknown key `num_repeat`; did you mean `num_repeats`?",
+        "[[datasets]] 1, subset 1: `resolution` belongs in [[datasets]] or [general]",
+        "[[datasets]] 1, subset 2: `num_repeats` must be a whole number of at least 0, not -1",
+        "[[datasets]] 1, subset 2: `flip_aug` must be true or false, not 1",
+        f"[[datasets]] 1, subset 2: `image_dir` `nowhere` does not exist (looked for in `{Path.cwd()}`)",
+        "[[datasets]] 1, subset 3: `image_dir` (or `metadata_file`) is missing",
+        "[[datasets]] 1: `resolution` is missing",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("color_aug", True, "latents are cached"),
+        ("random_crop", True, "latents are cached"),
+        ("face_crop_aug_range", [1.0, 2.0], "latents are cached"),
+        ("token_warmup_step", 10, "text is cached"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_with_the_reason(key: str, value: object, reason: str) -> None:
+    told = complaint({"resolution": 64}, {key: value})
+    assert f"`{key}` cannot be used: {reason}" in told
+
+
+def test_a_refused_key_that_asks_for_nothing_is_taken() -> None:
+    asked = {"color_aug": False, "random_crop": False, "token_warmup_step": 0, "token_warmup_min": 1}
+    assert one({"resolution": 64}, {**asked, "cache_info": True}).subsets[0].num_repeats == 1
+
+
+@pytest.mark.parametrize(
+    ("dataset", "told"),
+    [
+        ({"resolution": 1000}, "`resolution` must be a multiple of 32: take 992 or 1024, not 1000"),
+        ({"resolution": [1024]}, "a whole number or [width, height]"),
+        ({"resolution": 1024, "bucket_reso_steps": 48}, "`bucket_reso_steps` must be a multiple of 32"),
+        (
+            {"resolution": 2048, "enable_bucket": True, "max_bucket_reso": 1024},
+            "1024 is under the resolution",
+        ),
+        ({"resolution": 128, "enable_bucket": True, "min_bucket_reso": 256}, "256 is over the resolution"),
+        ({"resolution": 64, "validation_split": 1.0}, "below 1"),
+        ({"resolution": 64, "resize_interpolation": "lancsoz"}, "did you mean `lanczos`?"),
+        ({"resolution": 64, "caption_dropout_rate": 1.5}, "between 0 and 1"),
+        ({"resolution": 64, "is_reg": True}, "`is_reg` belongs in [[datasets.subsets]]"),
+        ({"resolution": True}, "a whole number"),
+    ],
+)
+def test_contradictions_and_wrong_values_are_named(dataset: dict[str, object], told: str) -> None:
+    assert told in complaint(dataset)
+
+
+def test_masks_and_metadata_cannot_be_combined_with_what_excludes_them(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text("{}")
+    assert "two masks" in complaint({"resolution": 64}, {"alpha_mask": True, "conditioning_data_dir": "dogs"})
+    assert "`is_reg` cannot be combined" in complaint(
+        {"resolution": 64}, {"metadata_file": "m.json", "is_reg": True}
+    )
+    assert "`metadata_file` `dogs` is a folder" in complaint({"resolution": 64}, {"metadata_file": "dogs"})
+
+
+def test_a_path_may_start_at_the_current_folder_or_at_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "set.toml"
+    path.write_text("[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'cats'\n")
+    monkeypatch.chdir(tmp_path / "dogs")
+    assert load_dataset_file(path).datasets[0].subsets[0].image_dir == tmp_path / "cats"
+    (tmp_path / "dogs" / "cats").mkdir()
+    assert load_dataset_file(path).datasets[0].subsets[0].image_dir == tmp_path / "dogs" / "cats"
+
+
+def test_the_first_of_duplicate_subsets_counts_and_zero_repeats_leave_one_out() -> None:
+    subsets = [
+        {"image_dir": "cats", "num_repeats": 2},
+        {"image_dir": "cats", "num_repeats": 3},
+        {"image_dir": "dogs", "num_repeats": 0},
+    ]
+    read = parse_dataset({"datasets": [{"resolution": 64, "subsets": subsets}]}, Path("set.toml"))
+    assert [subset.num_repeats for subset in read.datasets[0].subsets] == [2]
+    assert ["there twice" in read.notes[0], "left out" in read.notes[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.toml", "x = ["), ("a.json", "{"), ("a.json", "[]"), ("b.toml", ""), ("c.toml", None)],
+)
+def test_a_file_that_is_no_dataset_file_is_named(tmp_path: Path, name: str, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(HyimgError, match=name):
+        load_dataset_file(tmp_path / name)
