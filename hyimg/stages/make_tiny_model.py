@@ -1,0 +1,99 @@
+"""`hyimg make-tiny-model`: the four model files in miniature, with random weights and true key names.
+
+They stand in for the real ones in dry runs and tests: the same code reads them, only the numbers are small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hyimg.config.commands import MakeTinyModelConfig
+from hyimg.errors import HyimgError
+from hyimg.report import Reporter, size_text
+
+# What the tokenizer learns its words from: captions as people write them
+_TOKENIZER_TEXTS = (
+    "a photo of a cat looking at the camera, close portrait, soft light, blurred background",
+    "a portrait of a woman in an orange suit standing in front of a flag, studio photograph",
+    "a cup of coffee with a spoon on a wooden table in the morning, warm light from a window",
+    "a white rocket on its launch pad at night, lit from below, long exposure",
+    "hundreds of galaxies and stars on a black sky, astronomy, high detail",
+    'a shop sign that says "OPEN" above the door of a bakery in a narrow street',
+    'a scanned page of a book with the heading "Chapter one" in large letters',
+    "an old house by the sea, painting in oil, thick brush strokes, muted colours",
+    "a dog running on a beach with a red ball, water splashing, bright summer day",
+    "a bowl of fruit with apples, pears and grapes, still life, dark background",
+    "a city skyline at dusk with lights reflected in the river, wide angle",
+    "masterpiece, best quality, highly detailed, sharp focus, natural colours, 35mm film",
+    "一只猫坐在窗边看着外面的雨,柔和的光线",
+    "海边的日落,金色的云,油画风格",
+    "写着“欢迎光临”的招牌",
+)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """The files of a model folder, under the names that the guide's downloads have."""
+
+    directory: Path
+
+    @property
+    def dit(self) -> Path:
+        return self.directory / "hunyuanimage2.1.safetensors"
+
+    @property
+    def text_encoder(self) -> Path:
+        return self.directory / "qwen_2.5_vl_7b.safetensors"
+
+    @property
+    def byt5(self) -> Path:
+        return self.directory / "byt5_small_glyphxl_fp16.safetensors"
+
+    @property
+    def vae(self) -> Path:
+        return self.directory / "hunyuan_image_2.1_vae_fp16.safetensors"
+
+    def files(self) -> dict[str, Path]:
+        """The files by the option that takes each."""
+        return {"dit": self.dit, "text_encoder": self.text_encoder, "byt5": self.byt5, "vae": self.vae}
+
+
+def make_tiny_model(config: MakeTinyModelConfig, report: Reporter) -> ModelFolder:
+    """Writes the folder; a tokenizer, trained on the spot, lies beside the text encoder.
+
+    Raises HyimgError where model files are there already (unless `overwrite`): they may be real ones.
+    """
+    options = config.tiny
+    assert options.directory is not None
+    folder = ModelFolder(options.directory)
+    there = [path for path in folder.files().values() if path.exists()]
+    if there and not options.overwrite:
+        raise HyimgError(f"`{there[0]}` exists", hint="choose another folder, or give `--overwrite`")
+    _write(folder, depth=options.depth, seed=options.seed)
+    for option, path in folder.files().items():
+        report.note(f"--{option} {path} ({size_text(path.stat().st_size)})")
+    return folder
+
+
+def _write(folder: ModelFolder, *, depth: str, seed: int) -> None:
+    import torch
+    from safetensors.torch import save
+
+    from hyimg.cache.atomic import atomic_write_bytes
+    from hyimg.encoders.tiny import make_tiny_byt5, make_tiny_qwen, train_tiny_tokenizer
+    from hyimg.model.architecture import DIT_TINY, DIT_TINY_FULL, VAE_TINY
+    from hyimg.model.dit import DiT
+    from hyimg.model.random_init import init_random
+    from hyimg.model.vae import VAE
+
+    dit = DiT(DIT_TINY_FULL if depth == "full" else DIT_TINY)
+    vae = VAE(VAE_TINY)
+    # the real files' types: bf16 for the DiT, fp16 for the VAE
+    for path, model, dtype in ((folder.dit, dit, torch.bfloat16), (folder.vae, vae, torch.float16)):
+        init_random(model, seed)
+        state = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+        atomic_write_bytes(path, save(state))
+    make_tiny_qwen(folder.text_encoder, seed=seed)
+    make_tiny_byt5(folder.byt5, seed=seed)
+    train_tiny_tokenizer(_TOKENIZER_TEXTS, folder.directory)

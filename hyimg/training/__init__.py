@@ -1,0 +1,1 @@
+"""Training: the objective, the loop, optimisers, the run folder, metrics and metadata."""

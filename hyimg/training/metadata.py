@@ -1,0 +1,111 @@
+"""The metadata of a saved LoRA: the reference tool's `ss_*` keys and modelspec, as its users' tools read them.
+
+Values are text, as safetensors metadata must be; what does not exist here is `None`, as that tool writes it.
+modelspec: https://github.com/Stability-AI/ModelSpec, version 1.0.1.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from hyimg import __version__
+from hyimg.config.load import flatten
+from hyimg.data.sample import Sample
+from hyimg.plugins import parse_arguments
+from hyimg.randomness import keyed_seed
+from hyimg.training.run import Run
+
+BASE_MODEL = "hunyuan-image-2.1"
+
+# Options that go into the file under `ss_` and their own name
+_OPTIONS = (
+    "learning_rate",
+    "unet_lr",
+    "gradient_checkpointing",
+    "gradient_accumulation_steps",
+    "lr_scheduler",
+    "network_module",
+    "network_dim",
+    "network_alpha",
+    "network_dropout",
+    "mixed_precision",
+    "max_grad_norm",
+    "timestep_sampling",
+    "sigmoid_scale",
+    "discrete_flow_shift",
+    "model_prediction_type",
+    "weighting_scheme",
+    "logit_mean",
+    "logit_std",
+    "mode_scale",
+    "ip_noise_gamma",
+    "ip_noise_gamma_random_strength",
+    "loss_type",
+    "huber_schedule",
+    "huber_c",
+    "huber_scale",
+    "prior_loss_weight",
+    "training_comment",
+    "output_name",
+)
+
+
+def training_metadata(
+    run: Run, samples: Sequence[Sample], dataset: Sequence[Mapping[str, Any]], started: float
+) -> dict[str, str]:
+    """The metadata of a file saved at the run's present step.
+
+    `dataset` describes each dataset (`describe_datasets`); `started` is the time the run began, in seconds
+    since the epoch. With `--no_metadata` the dictionary is empty.
+    """
+    options = flatten(run.config)
+    if options["no_metadata"]:
+        return {}
+    values: dict[str, Any] = {f"ss_{name}": options[name] for name in _OPTIONS}
+    values |= {
+        "ss_session_id": keyed_seed(run.seed, started) % 2**32,
+        "ss_training_started_at": started,
+        "ss_training_finished_at": time.time(),
+        "ss_base_model_version": BASE_MODEL,
+        "ss_sd_model_name": options["dit"].name,
+        "ss_vae_name": options["vae"].name if options["vae"] else None,
+        "ss_network_args": json.dumps(parse_arguments(options["network_args"], "--network_args"))
+        if options["network_args"]
+        else None,
+        "ss_optimizer": f"{type(run.optimizer).__module__}.{type(run.optimizer).__name__}"
+        + (f"({','.join(options['optimizer_args'])})" if options["optimizer_args"] else ""),
+        "ss_seed": run.seed,
+        "ss_max_train_steps": run.schedule.max_steps,
+        "ss_num_batches_per_epoch": run.schedule.batches_per_epoch,
+        "ss_num_epochs": run.schedule.num_epochs,
+        "ss_steps": run.step,
+        "ss_epoch": run.epoch,
+        "ss_num_train_images": sum(s.num_repeats for s in samples if not s.subset.is_reg),
+        "ss_num_reg_images": sum(s.num_repeats for s in samples if s.subset.is_reg),
+        "ss_cache_latents": True,
+        "ss_datasets": json.dumps(list(dataset)),
+        "ss_tag_frequency": json.dumps({k: v for d in dataset for k, v in d["tag_frequency"].items()}),
+        "ss_hyimg_version": __version__,
+    }
+    return {key: str(value) for key, value in values.items()} | _modelspec(options, dataset)
+
+
+def _modelspec(options: Mapping[str, Any], dataset: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    width, height = dataset[0]["resolution"]
+    spec = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{BASE_MODEL}/lora",
+        "implementation": "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
+        "title": options["metadata_title"] or options["output_name"],
+        "resolution": f"{width}x{height}",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S"),
+        "author": options["metadata_author"],
+        "description": options["metadata_description"],
+        "license": options["metadata_license"],
+        "tags": options["metadata_tags"],
+    }
+    return {f"modelspec.{key}": value for key, value in spec.items() if value is not None}

@@ -1,0 +1,50 @@
+"""`NAME.metrics.jsonl`: one JSON object a step, in the file as soon as the step is done."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from hyimg.cache.atomic import atomic_write_text
+
+
+class MetricsLog:
+    """Appends a line a step; a line is written whole and flushed, so that a killed run leaves whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        atomic_write_text(path, "")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, values: Mapping[str, float | int | str | Mapping[str, float]]) -> None:
+        """One line. Values that are not finite become null, since JSON has no name for them."""
+        self._file.write(json.dumps({k: _finite(v) for k, v in values.items()}) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MovingAverage:
+    """The mean of the last `window` values."""
+
+    def __init__(self, window: int = 50) -> None:
+        self.window = window
+        self._values: list[float] = []
+
+    def add(self, value: float) -> float:
+        """Takes a value in and gives the mean."""
+        self._values = [*self._values[-self.window + 1 :], value]
+        return sum(self._values) / len(self._values)

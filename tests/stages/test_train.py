@@ -1,0 +1,223 @@
+"""`hyimg train` on cached data: what it leaves, that it repeats itself, what it reads and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tomli
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from hyimg.model.safetensors_file import read_header
+
+TIMES = ("seconds",)
+
+
+def metrics(folder, name="lora"):
+    lines = (folder / f"{name}.metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+@pytest.fixture
+def train(hyimg, cached_dataset, tmp_path):
+    """Trains into a fresh folder as the `trained` fixture does; gives its folder."""
+    runs = iter(range(100))
+
+    def call(*extra, dataset=cached_dataset):
+        folder = tmp_path / f"run{next(runs)}"
+        code, _, err = hyimg(
+            *("train", "--dit", "{dit}", "--dataset_config", dataset, "--output_dir", folder),
+            *"--max_train_epochs 2 --seed 7 --network_dim 4 --network_alpha 4 --learning_rate 1e-2".split(),
+            *"--mixed_precision no --save_precision float".split(),
+            *extra,
+        )
+        assert code == 0, err
+        return folder
+
+    return call
+
+
+def test_a_run_leaves_every_file_that_it_promises(trained):
+    names = {str(p.relative_to(trained)) for p in trained.rglob("*") if p.is_file() and "logs" not in p.parts}
+    loras = {"lora.safetensors", "lora-000001.safetensors", "lora-000002.safetensors"}
+    loras |= {"lora-step00000003.safetensors", "lora-step00000006.safetensors"}
+    assert names == loras | {f"comfy/{n}" for n in loras} | {"lora.metrics.jsonl", "lora.run.toml"}
+    assert list((trained / "logs").rglob("events.out.tfevents.*")), "TensorBoard was asked for"
+    lines = metrics(trained)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all(line["loss"] > 0 and line["gradient_norm"] > 0 for line in lines)
+
+
+def test_the_file_is_the_reference_tools_with_its_metadata(trained):
+    header = read_header(trained / "lora.safetensors")
+    assert {name.split(".", 1)[1] for name in header.tensors} == {
+        "lora_down.weight",
+        "lora_up.weight",
+        "alpha",
+    }
+    assert len(header.tensors) == 3 * 32
+    metadata = header.metadata
+    assert metadata["ss_network_module"] == "lora"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "4.0")
+    assert (metadata["ss_steps"], metadata["ss_epoch"], metadata["ss_seed"]) == ("8", "2", "7")
+    assert json.loads(metadata["ss_tag_frequency"])["images"]["a cat"] == 1
+    assert metadata["modelspec.architecture"] == "hunyuan-image-2.1/lora"
+    assert len(metadata["sshs_model_hash"]) == 64
+    assert str(trained.parent) not in json.dumps(metadata), "no path of the trainer's machine goes out"
+    assert read_header(trained / "lora-000001.safetensors").metadata["ss_steps"] == "4"
+
+
+def test_training_changes_the_up_matrices_and_repeats_itself_bit_for_bit(trained, train):
+    again = train()
+    first, second = load_file(trained / "lora.safetensors"), load_file(again / "lora.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(bool(t.any()) for name, t in first.items() if name.endswith("lora_up.weight"))
+    assert metrics(trained) == metrics(again)
+
+
+def test_checkpointing_and_loader_workers_change_no_bit(trained, train):
+    other = train("--gradient_checkpointing", "--max_data_loader_n_workers", "1")
+    assert metrics(other) == metrics(trained)
+    first, second = load_file(trained / "lora.safetensors"), load_file(other / "lora.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_run_file_repeats_the_run(trained, train, hyimg, tmp_path):
+    written = tomli.loads((trained / "lora.run.toml").read_text(encoding="utf-8"))
+    assert written["learning_rate"] == 0.01
+    folder = tmp_path / "repeated"
+    code, _, err = hyimg("train", "--config", trained / "lora.run.toml", "--output_dir", folder)
+    assert code == 0, err
+    assert metrics(folder) == metrics(trained)
+
+
+def test_accumulation_is_the_mean_over_the_steps_images(train):
+    # the same five images as batches of one: every step of two batches is the mean over its two images
+    whole = metrics(train("--optimizer_type", "SGDNesterov", "--gradient_accumulation_steps", "4"))
+    assert [line["samples"] for line in whole] == [5, 5]
+    assert [line["step"] for line in whole] == [1, 2]
+
+
+def test_a_warm_start_reads_no_image_no_encoder_and_no_vae(train, own_dataset, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("an image was opened")
+
+    train("--max_train_steps", "1", dataset=own_dataset)  # the copied files are measured once
+    monkeypatch.setattr(Image, "open", refuse)
+    train("--max_train_steps", "1", dataset=own_dataset)
+
+
+def test_start_weights_are_where_training_starts(trained, train):
+    start = trained / "comfy" / "lora.safetensors"
+    folder = train("--network_weights", start, "--learning_rate", "0")
+    first, second = load_file(trained / "lora.safetensors"), load_file(folder / "lora.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "extra", [["--optimizer_type", "AdamW8bit"], ["--optimizer_type", "torch.optim.RMSprop"]]
+)
+def test_other_optimisers_train(train, extra):
+    losses = [line["loss"] for line in metrics(train(*extra, "--learning_rate", "1e-3"))]
+    assert losses != sorted(losses) or losses[0] != losses[-1]
+
+
+def test_the_guides_adafactor_line_trains(train):
+    folder = train(
+        *("--optimizer_type", "adafactor", "--max_grad_norm", "0.0"),
+        *("--optimizer_args", "relative_step=False", "scale_parameter=False", "warmup_init=False"),
+    )
+    assert metrics(folder)[-1]["learning_rate"] == 0.01
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--timestep_sampling", "flux_shift", "--loss_type", "huber", "--huber_schedule", "exponential"],
+        ["--timestep_sampling", "uniform", "--loss_type", "l1", "--ip_noise_gamma", "0.1"],
+        ["--timestep_sampling", "sigmoid", "--loss_type", "smooth_l1", "--min_timestep", "500"],
+        [
+            "--timestep_sampling",
+            "shift",
+            "--latent_sampling",
+            "mean",
+            "--model_prediction_type",
+            "sigma_scaled",
+        ],
+    ],
+)
+def test_flow_options_reach_the_loss(trained, train, extra):
+    default, other = (
+        metrics(trained),
+        metrics(train("--max_train_steps", "1", "--max_train_epochs", "1", *extra)),
+    )
+    assert other[0]["loss"] != default[0]["loss"]
+
+
+def test_rates_and_ranks_by_pattern(train):
+    folder = train(
+        *(
+            "--network_args",
+            "network_reg_dims=img_attn_qkv=2,single_blocks=0",
+            "network_reg_lrs=txt_mlp=0,img_mlp=1e-3",
+        )
+    )
+    state = load_file(folder / "lora.safetensors")
+    assert not any("single_blocks" in name for name in state)
+    assert state["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape[0] == 2
+    assert not state["lora_unet_double_blocks_0_txt_mlp_fc1.lora_up.weight"].any()
+    assert {line["learning_rate"] for line in metrics(folder)} == {0.01}
+    assert {line["learning_rate_1"] for line in metrics(folder)} == {0.001}
+
+
+def test_a_used_name_is_refused_unless_overwritten(trained, hyimg, cached_dataset):
+    before = (trained / "lora.safetensors").read_bytes()
+    arguments = ["train", "--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", trained]
+    code, _, err = hyimg(*arguments)
+    assert code == 2
+    assert "holds a run named `lora` already" in err
+    assert "--overwrite" in err
+    assert (trained / "lora.safetensors").read_bytes() == before
+
+
+def test_only_the_runs_own_files_are_replaced(train, hyimg, cached_dataset):
+    folder = train("--save_every_n_epochs", "1")
+    (folder / "lora-of-a-friend.safetensors").write_bytes(b"keep me")
+    arguments = [
+        "--dit",
+        "{dit}",
+        "--dataset_config",
+        cached_dataset,
+        "--output_dir",
+        folder,
+        "--max_train_steps",
+        "1",
+    ]
+    assert hyimg("train", *arguments, "--overwrite")[0] == 0
+    assert (folder / "lora-of-a-friend.safetensors").read_bytes() == b"keep me"
+    assert not (folder / "lora-000001.safetensors").exists()
+
+
+def test_an_edited_caption_is_noticed_and_named(own_dataset, hyimg, tmp_path):
+    (own_dataset.parent / "images" / "4.txt").write_text("a dog", encoding="utf-8")
+    code, _, err = hyimg(
+        "train", "--dit", "{dit}", "--dataset_config", own_dataset, "--output_dir", tmp_path / "out"
+    )
+    assert code == 2
+    assert "no text cache for the prompt `a dog`" in err
+    assert "hyimg cache-text" in err
+
+
+def test_caches_are_filled_first_when_asked(own_dataset, hyimg, tmp_path):
+    (own_dataset.parent / "images" / "4.txt").write_text("a dog", encoding="utf-8")
+    code, _, err = hyimg(
+        *("train", "--dit", "{dit}", "--dataset_config", own_dataset, "--output_dir", tmp_path / "out"),
+        *("--vae", "{vae}", "--text_encoder", "{text_encoder}", "--byt5", "{byt5}", "--max_train_steps", "1"),
+        *("--cache_latents", "--cache_text_encoder_outputs_to_disk"),
+    )
+    assert code == 0, err
+    assert "latents: all 5 are cached" in err
+    assert "text: 1 prompts made" in err
+    assert (tmp_path / "out" / "lora.safetensors").is_file()

@@ -1,0 +1,247 @@
+"""Wrong input: one sentence that names the thing, exit code 2 before long work, and nothing on disk changed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from hyimg.model import loading, safetensors_file
+
+RENDER = ["--text_encoder", "{text_encoder}", "--byt5", "{byt5}", "--prompt", "x", "--image_size", "64", "64"]
+
+
+def snapshot(folder):
+    """Every file's content below a folder, the index of a cache (a memory that may grow) left out."""
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "index.sqlite" not in p.name}
+
+
+@pytest.fixture
+def refused(hyimg, tmp_path, monkeypatch, model):
+    """Asserts that a command line is refused with these words, reads no weight, and changes no file."""
+
+    def read(self, name, device="cpu"):
+        raise AssertionError(f"the weight {name} was read")
+
+    def call(*arguments, words):
+        before = snapshot(tmp_path) | snapshot(model.directory)
+        with monkeypatch.context() as patch:
+            patch.setattr(safetensors_file.Checkpoint, "read", read)
+            code, out, err = hyimg(*arguments)
+        assert code == 2, err
+        assert out == ""
+        assert sum(line.startswith("error: ") for line in err.splitlines()) == 1, err
+        assert "Traceback" not in err
+        for word in words:
+            assert str(word) in err, err
+        assert snapshot(tmp_path) | snapshot(model.directory) == before
+        return err
+
+    return call
+
+
+def damaged(model, tmp_path, kind):
+    """A broken stand-in for the DiT file."""
+    path = tmp_path / f"{kind}.safetensors"
+    data = model.dit.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "pickle":
+        path = tmp_path / "model.ckpt"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
+    elif kind == "garbage":
+        path.write_bytes(b"\xff" * 5000)
+    elif kind == "incomplete":
+        state = load_file(model.dit)
+        del state["single_blocks.3.linear2.weight"]
+        save_file(state, path)
+    elif kind == "folder":
+        path.mkdir()
+    return path
+
+
+BROKEN = {
+    "missing": ["there is no file"],
+    "truncated": ["is truncated"],
+    "pickle": ["pickle"],
+    "garbage": ["safetensors"],
+    "incomplete": ["`single_blocks.3.linear2.weight` is missing"],
+    "folder": ["folder"],
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_model_file(kind, refused, tmp_path, model, cached_dataset):
+    path = damaged(model, tmp_path, kind)
+    output = tmp_path / "out"
+    train = ["train", "--dit", path, "--dataset_config", cached_dataset, "--output_dir", output]
+    refused(*train, words=[path.name, *BROKEN[kind]])
+    infer = ["infer", "--dit", path, "--vae", "{vae}", *RENDER, "--save_path", output / "a.png"]
+    refused(*infer, words=[path.name, *BROKEN[kind]])
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "words"),
+    [
+        ("--dit", "{vae}", ["is a VAE, not a diffusion transformer (DiT)"]),
+        ("--vae", "{dit}", ["not a VAE"]),
+        ("--text_encoder", "{byt5}", ["not"]),
+        ("--byt5", "{text_encoder}", ["not"]),
+    ],
+)
+def test_one_model_given_for_another(option, given, words, refused, tmp_path):
+    files = {"--dit": "{dit}", "--vae": "{vae}", "--text_encoder": "{text_encoder}", "--byt5": "{byt5}"}
+    files[option] = given
+    arguments = [a for pair in files.items() for a in pair]
+    refused("infer", *arguments, "--prompt", "x", "--save_path", tmp_path / "a.png", words=words)
+
+
+def break_dataset(own_dataset, kind):
+    images = own_dataset.parent / "images"
+    if kind == "unreadable image":
+        (images / "1.png").write_bytes(b"not a picture")
+        return ["1.png"]
+    if kind == "missing caption":
+        (images / "2.txt").unlink()
+        return ["2.png", "caption"]
+    text = own_dataset.read_text(encoding="utf-8")
+    changes = {
+        "unknown key": ("num_repeats = 1", "num_repeat = 1", ["num_repeat", "num_repeats"]),
+        "resolution": ("resolution = 128", "resolution = 100\nenable_bucket = false", ["100", "32"]),
+        "bucket steps": (
+            "bucket_reso_steps = 32",
+            "bucket_reso_steps = 48",
+            ["bucket_reso_steps", "48", "32"],
+        ),
+        "missing folder": ('"images"', '"pictures"', ["pictures"]),
+        "not TOML": ("[general]", "[general", ["data.toml", "TOML"]),
+        "wrong type": ("batch_size = 2", 'batch_size = "two"', ["batch_size", "two"]),
+    }
+    old, new, words = changes[kind]
+    assert old in text
+    own_dataset.write_text(text.replace(old, new), encoding="utf-8")
+    return words
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "unreadable image",
+        "missing caption",
+        "unknown key",
+        "resolution",
+        "bucket steps",
+        "missing folder",
+        "not TOML",
+        "wrong type",
+    ],
+)
+def test_a_broken_dataset(kind, refused, own_dataset, tmp_path):
+    words = break_dataset(own_dataset, kind)
+    refused("cache-latents", "--dataset_config", own_dataset, "--vae", "{vae}", words=words)
+    train = ["train", "--dit", "{dit}", "--dataset_config", own_dataset, "--output_dir", tmp_path / "out"]
+    refused(*train, words=words)
+
+
+def test_an_output_folder_that_cannot_be_written(refused, tmp_path, cached_dataset):
+    place = tmp_path / "file"
+    place.write_text("in the way")
+    train = ["train", "--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", place / "out"]
+    refused(*train, words=["cannot write", place])
+    infer = ["infer", "--dit", "{dit}", "--vae", "{vae}", *RENDER, "--save_path", place / "a.png"]
+    refused(*infer, words=["cannot write", place])
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(refused, tmp_path, cached_dataset):
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    train = ["train", "--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", folder / "out"]
+    refused(*train, words=["cannot write", "choose a folder that you may write"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--loss_type", "l3"], ["`l3` is unknown", "`l2`"]),
+        (["--timestep_sampling", "sigmod"], ["did you mean `sigmoid`"]),
+        (["--optimizer_type", "Adam8bit"], ["did you mean `AdamW8bit`"]),
+        (["--optimizer_type", "torch.optim.Nothing"], ["`torch.optim.Nothing` cannot be imported"]),
+        (["--optimizer_args", "weight_decy=1"], ["takes no argument `weight_decy`", "weight_decay"]),
+        (["--loss_type", "huber", "--loss_args", "c=1"], ["takes no argument `c`"]),
+        (["--min_timestep", "800", "--max_timestep", "200"], ["`--min_timestep` 800 is not below"]),
+        (["--network_args", "network_reg_dims=(=4"], ["valid"]),
+        (["--network_args", "network_reg_dims=.*=0"], ["the network is empty"]),
+        (["--network_args", "rank_dropout=0.1"], ["rank_dropout", "training work"]),
+        (["--network_args", "network_reg_dims=nothing=4", "--strict_patterns"], ["nothing"]),
+        (["--output_name", "a/b"], ["must be a plain name"]),
+        (["--plugin", "no_such_module"], ["cannot be imported"]),
+        (["--plugin", "nowhere.py"], ["`nowhere.py` does not exist"]),
+        (["--device", "tpu"], ["`tpu`"]),
+        (["--cache_latents"], ["`--cache_latents` needs `--vae`"]),
+        (["--blocks_to_swap", "9"], ["not available yet"]),
+    ],
+)
+def test_wrong_training_options(extra, words, refused, tmp_path, cached_dataset):
+    train = ["train", "--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", tmp_path / "out"]
+    refused(*train, *extra, words=words)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--image_size", "1000", "1024"], ["multiple of 32"]),
+        (["--sampler", "eular"], ["did you mean `euler`"]),
+        (["--lora_weight", "{vae}"], ["is not a LoRA but a VAE"]),
+        (["--lora_multiplier", "1"], ["`--lora_multiplier` without `--lora_weight`"]),
+        (["--from_file", "none.txt"], ["one of `--prompt` and `--from_file`"]),
+        (["--save_path", "{dit}/a.png"], ["cannot write"]),
+    ],
+)
+def test_wrong_render_options(extra, words, refused, tmp_path, model):
+    extra = [e.replace("{dit}", str(model.dit)) if e != "{dit}" else e for e in extra]
+    infer = ["infer", "--dit", "{dit}", "--vae", "{vae}", *RENDER, "--save_path", tmp_path / "a.png"]
+    refused(*infer, *extra, words=words)
+
+
+def test_a_lora_of_another_width(refused, tmp_path, golden):
+    lora = tmp_path / "wide.safetensors"
+    shutil.copyfile(golden / "lora_kohya.safetensors", lora)
+    infer = ["infer", "--dit", "{dit}", "--vae", "{vae}", *RENDER, "--save_path", tmp_path / "a.png"]
+    refused(*infer, "--lora_weight", lora, words=["width 96", "64"])
+    refused(*infer, "--lora_weight", lora, lora, "--lora_multiplier", *"1 2 3".split(), words=["3 values"])
+
+
+def test_a_validation_split_is_refused_until_there_is_validation(refused, own_dataset, tmp_path):
+    text = own_dataset.read_text(encoding="utf-8")
+    own_dataset.write_text(text.replace("num_repeats = 1", "validation_split = 0.4"), encoding="utf-8")
+    train = ["train", "--dit", "{dit}", "--dataset_config", own_dataset, "--output_dir", tmp_path / "out"]
+    refused(*train, words=["`validation_split` is not available yet"])
+
+
+def test_no_caches_say_which_command_to_run(refused, own_dataset, tmp_path):
+    shutil.rmtree(own_dataset.parent / "hyimg-cache")
+    train = ["train", "--dit", "{dit}", "--dataset_config", own_dataset, "--output_dir", tmp_path / "out"]
+    refused(*train, words=["no latent cache", "hyimg cache-latents --dataset_config"])
+
+
+def test_a_damaged_cache_entry_is_made_again_and_never_used(hyimg, own_dataset, tmp_path):
+    entry = next((own_dataset.parent / "hyimg-cache" / "latents").rglob("*/*.safetensors"))
+    data = bytearray(entry.read_bytes())
+    data[-1] ^= 1
+    entry.write_bytes(data)
+    train = ["train", "--dit", "{dit}", "--dataset_config", own_dataset, "--output_dir", tmp_path / "out"]
+    code, _, err = hyimg(*train)
+    assert code == 2
+    assert "no latent cache for" in err
+    _, _, err = hyimg("cache-latents", "--dataset_config", own_dataset, "--vae", "{vae}")
+    assert "latents: 1 made" in err
+    assert "4 kept" in err
+
+
+def test_loading_checks_before_it_reads(model):
+    assert loading.check_dit(model.dit).num_double == 2
