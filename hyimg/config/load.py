@@ -143,6 +143,8 @@ def _checked(opt: Option, raw: Any, place: str, problems: list[str]) -> Any:
     try:
         if opt.many:
             items = raw if isinstance(raw, (list, tuple)) else [raw]
+            if opt.traits.count is not None and items and len(items) % opt.traits.count == 0:
+                items = items[-opt.traits.count :]  # of a repeated flag the last counts
             if opt.traits.count is not None and len(items) != opt.traits.count:
                 raise ValueError(f"takes {opt.traits.count} values, got {len(items)}")
             value: Any = tuple(_scalar(opt, item) for item in items)
