@@ -63,7 +63,7 @@ def _print_table(found: Inspection) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     table.add_column("module", no_wrap=True, overflow="fold")
     for heading in ("in", "out", "parameters", "rank", "alpha", "rate"):

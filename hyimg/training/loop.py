@@ -38,7 +38,13 @@ def train_loop(run: Run) -> None:
                     run.save(step=step.number)
             if epoch.complete:
                 run.epoch = epoch.number
-                if saving.save_every_n_epochs and epoch.number % saving.save_every_n_epochs == 0:
+                # after the last epoch the final file is the same
+                is_last = run.step == run.schedule.max_steps
+                if (
+                    saving.save_every_n_epochs
+                    and epoch.number % saving.save_every_n_epochs == 0
+                    and not is_last
+                ):
                     run.save(epoch=epoch.number)
                 hook.hyimg_epoch_end(run=run, epoch=epoch.number)
     run.save()

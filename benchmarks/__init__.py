@@ -1,0 +1,1 @@
+"""Measurements of whole commands: `make bench`. Tests never time anything."""

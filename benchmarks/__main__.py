@@ -1,0 +1,195 @@
+"""`make bench`: what commands cost as whole processes, as a table and as `bench/results.json`.
+
+Every figure is the median of several runs on the machine that the first lines name. Times are wall seconds,
+memory the largest resident set of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HYIMG = [sys.executable, "-m", "hyimg"]
+LORA_BYTES = 400_000_000
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row: what, how much, and what it is compared with."""
+
+    name: str
+    seconds: float
+    peak_mb: float | None = None
+    beside: str = ""
+
+
+def main() -> None:
+    """Measures, prints the table, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=5, help="counted runs of each command, after one warm-up")
+    parser.add_argument(
+        "--output", type=Path, default=Path("bench"), help="folder for results and scratch files"
+    )
+    options = parser.parse_args()
+    scratch = options.output / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    figures = []
+    for figure in measure(scratch, options.runs):
+        figures.append(figure)
+        memory = f"{figure.peak_mb:8.0f} MB" if figure.peak_mb is not None else " " * 11
+        print(f"{figure.name:44} {figure.seconds:8.3f} s {memory}  {figure.beside}", flush=True)
+    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
+    document = {"machine": machine, "runs": options.runs, "figures": [asdict(f) for f in figures]}
+    (options.output / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(scratch)
+    print(
+        f"\n{machine['cpu']}, {machine['cores']} cores; median of {options.runs}; {options.output}/results.json"
+    )
+
+
+def measure(scratch: Path, runs: int) -> Iterator[Figure]:
+    """Every figure, in order."""
+    yield _command("hyimg --help", ["--help"], runs, "goal 0.4 s")
+    yield _command("hyimg train --help", ["train", "--help"], runs, "goal 0.7 s")
+    yield _command("hyimg inspect-modules --json", ["inspect-modules", "--json"], runs, "goal 1 s")
+    yield from _conversion(scratch, runs)
+    yield from _warm_training(scratch, runs)
+
+
+def _conversion(scratch: Path, runs: int) -> Iterator[Figure]:
+    """A 400 MB LoRA to ComfyUI's names, beside `cp` and `sha256sum` of the same file."""
+    source, copy = scratch / "lora.safetensors", scratch / "copy.safetensors"
+    _write_lora(source)
+    arguments = ["convert-comfy", str(source), str(scratch / "comfy.safetensors"), "--overwrite"]
+    ours = _command("convert-comfy, 400 MB", arguments, runs, "goal 150 MB")
+    yield ours
+
+    def coreutils() -> None:
+        subprocess.run(["cp", source, copy], check=True)
+        subprocess.run(["sha256sum", source], check=True, stdout=subprocess.DEVNULL)
+
+    if shutil.which("sha256sum"):
+        beside = _median(coreutils, runs)
+        yield Figure(
+            "cp and sha256sum of that file", beside, beside=f"ours {ours.seconds / beside:.2f} of it"
+        )
+
+
+def _warm_training(scratch: Path, runs: int) -> Iterator[Figure]:
+    """Process start to the end of one step on a tiny model, everything cached."""
+    subprocess.run([*HYIMG, "make-tiny-model", scratch / "model"], check=True, stderr=subprocess.DEVNULL)
+    images = scratch / "images"
+    images.mkdir()
+    _write_images(images)
+    dataset = scratch / "dataset.toml"
+    dataset.write_text(f"[[datasets]]\nresolution = 256\n[[datasets.subsets]]\nimage_dir = {str(images)!r}\n")
+    model = {name: scratch / "model" / file for name, file in _MODEL_FILES.items()}
+    common = ["--dataset_config", str(dataset)]
+    fill = [
+        ["cache-latents", *common, "--vae", str(model["vae"])],
+        ["cache-text", *common, "--text_encoder", str(model["text_encoder"]), "--byt5", str(model["byt5"])],
+    ]
+    for arguments in fill:
+        subprocess.run([*HYIMG, *arguments], check=True, stderr=subprocess.DEVNULL)
+        yield _command(f"{arguments[0]}, all cached", arguments, runs)
+    train = [
+        "train",
+        "--dit",
+        str(model["dit"]),
+        *common,
+        "--output_dir",
+        str(scratch / "run"),
+        "--overwrite",
+    ]
+    yield _command("train, start to one step, all cached", [*train, "--max_train_steps", "1"], runs)
+
+
+_MODEL_FILES = {
+    "dit": "hunyuanimage2.1.safetensors",
+    "text_encoder": "qwen_2.5_vl_7b.safetensors",
+    "byt5": "byt5_small_glyphxl_fp16.safetensors",
+    "vae": "hunyuan_image_2.1_vae_fp16.safetensors",
+}
+
+
+def _command(name: str, arguments: list[str], runs: int, beside: str = "") -> Figure:
+    """The median time and memory of a command line."""
+    peaks = []
+
+    def run() -> None:
+        done = subprocess.Popen([*HYIMG, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(done.pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0, arguments
+        peaks.append(_peak_mb(usage))
+
+    seconds = _median(run, runs)
+    return Figure(name, seconds, statistics.median(peaks), beside)
+
+
+def _median(run: Callable[[], None], runs: int) -> float:
+    run()
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _peak_mb(usage: resource.struct_rusage) -> float:
+    # Linux counts kilobytes, macOS bytes
+    return usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def _write_lora(path: Path) -> None:
+    """A LoRA of the real model's modules in the reference tool's names, of a rank that makes the file large."""
+    import torch
+
+    from hyimg.lora.file import save_lora
+    from hyimg.lora.formats import lora_name
+    from hyimg.model.architecture import DIT_2_1
+    from hyimg.model.keys import linear_modules
+
+    modules = linear_modules(DIT_2_1)
+    rank = LORA_BYTES // sum(2 * (m.in_features + m.out_features) for m in modules)
+    state = {}
+    for module in modules:
+        name = lora_name(module.name)
+        state[f"{name}.lora_down.weight"] = torch.randn(rank, module.in_features, dtype=torch.bfloat16)
+        state[f"{name}.lora_up.weight"] = torch.randn(module.out_features, rank, dtype=torch.bfloat16)
+        state[f"{name}.alpha"] = torch.tensor(1.0, dtype=torch.bfloat16)
+    save_lora(path, state, {"ss_network_dim": str(rank)})
+
+
+def _write_images(folder: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture number {number}\n", encoding="utf-8")
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
