@@ -27,10 +27,9 @@ def train(config: TrainConfig, report: Reporter) -> TrainResult:
             "`--cache_text_encoder_outputs` needs `--text_encoder` and `--byt5`",
             hint="name both, or leave the option out",
         )
-    if latents or text:
-        prepare(config, report)
+    prepared = prepare(config, report)
     if latents:
         cache_latents(select(CacheLatentsConfig, config), report)
     if text:
         cache_text(select(CacheTextConfig, config), report)
-    return train_stage(config, report)
+    return train_stage(config, report, prepared=prepared)

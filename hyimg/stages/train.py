@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from hyimg.cache.identity import file_identity
 from hyimg.config.commands import TrainConfig
-from hyimg.config.load import flatten
+from hyimg.config.load import flatten, replace
 from hyimg.config.optimizer import LearningRate
 from hyimg.data.batches import epoch_batches
 from hyimg.data.describe import describe_datasets
@@ -77,13 +77,18 @@ class Preparation:
     folder: RunFolder
 
 
-def train(config: TrainConfig, report: Reporter) -> TrainResult:
-    """Trains a LoRA from start to end.
+def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None = None) -> TrainResult:
+    """Trains a LoRA from start to end. `prepared` is what `prepare` gave, where that was called before.
 
     Raises HyimgError for wrong input, a used output name or missing cache entries before the DiT is read, and
     RunError where the run fails.
     """
-    prepared = prepare(config, report)
+    prepared = prepared or prepare(config, report)
+    config = prepared.config
+    if config.logging.output_config:
+        prepared.folder.write_config(config)
+        report.note(f"wrote {prepared.folder.config_path}; nothing was trained")
+        return TrainResult([], 0, prepared.seed)
     workspace = open_workspace(
         config.dataset,
         report,
@@ -98,11 +103,6 @@ def train(config: TrainConfig, report: Reporter) -> TrainResult:
     loader = _open_data(prepared, workspace)
     schedule = _schedule(prepared, workspace)
     _tell(prepared, workspace, schedule, report)
-    prepared.folder.check(overwrite=config.saving.overwrite)
-    if config.logging.output_config:
-        prepared.folder.write_config(config)
-        report.note(f"wrote {prepared.folder.config_path}; nothing was trained")
-        return TrainResult([], 0, prepared.seed)
 
     dit = load_dit(
         _given(config.dit.dit),
@@ -172,9 +172,10 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
         report.warning(
             "this is a distilled checkpoint: LoRAs are better trained on the base, and work on both"
         )
+    seed = config.duration.seed if config.duration.seed is not None else keyed_seed(time.time_ns()) % 2**32
     return Preparation(
-        config=config,
-        seed=config.duration.seed if config.duration.seed is not None else keyed_seed(time.time_ns()) % 2**32,
+        config=replace(config, seed=seed),  # a drawn seed is part of what repeats the run
+        seed=seed,
         device=device,
         arch=arch,
         plan=_plan_network(config, arch, report),

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 COMFY_FOLDER = "comfy"
 
+# Options that say how a command was given, not what the run is
+_NOT_REPEATED = ("config", "output_config", "overwrite")
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -116,7 +119,7 @@ def config_toml(config: object) -> str:
     """All options of a config as a TOML run file, paths absolute; those that were not given are left out."""
     values = {}
     for key, value in flatten(config).items():
-        if value is None or value == () or key == "config":
+        if value is None or value == () or key in _NOT_REPEATED:
             continue
         values[key] = _plain(value)
     return tomli_w.dumps(values, multiline_strings=True)

@@ -93,6 +93,33 @@ def test_the_run_file_repeats_the_run(trained, train, hyimg, tmp_path):
     assert metrics(folder) == metrics(trained)
 
 
+def test_a_drawn_seed_is_written_and_repeats_the_run(hyimg, cached_dataset, tmp_path):
+    arguments = ["train", "--dit", "{dit}", "--dataset_config", cached_dataset, "--max_train_steps", "2"]
+    code, _, err = hyimg(*arguments, "--output_dir", tmp_path / "first")
+    assert code == 0, err
+    run_file = tmp_path / "first" / "lora.run.toml"
+    code, _, err = hyimg("train", "--config", run_file, "--output_dir", tmp_path / "second")
+    assert code == 0, err
+    assert metrics(tmp_path / "first") == metrics(tmp_path / "second")
+    assert hyimg("train", "--config", run_file)[0] == 2, "repeated in place it would replace itself"
+
+
+def test_output_config_writes_the_options_and_trains_nothing(hyimg, cached_dataset, tmp_path):
+    arguments = [
+        "train",
+        "--dit",
+        "{dit}",
+        "--dataset_config",
+        cached_dataset,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    code, _, err = hyimg(*arguments, "--network_dim", "12", "--output_config")
+    assert code == 0, err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["lora.run.toml"]
+    assert tomli.loads((tmp_path / "out" / "lora.run.toml").read_text(encoding="utf-8"))["network_dim"] == 12
+
+
 def test_accumulation_is_the_mean_over_the_steps_images(train):
     # the same five images as batches of one: every step of two batches is the mean over its two images
     whole = metrics(train("--optimizer_type", "SGDNesterov", "--gradient_accumulation_steps", "4"))
