@@ -61,13 +61,18 @@ def _row(option: Option, required: bool) -> str:
     traits = option.traits
     name = f"`{option.name.upper()}`" if traits.argument else f"`--{option.name}`"
     names = ", ".join([name, *(f"`--{alias}`" for alias in traits.aliases)])
-    value = option.metavar.replace("|", " \\| ") + (" ..." if option.many else "")
+    metavar = option.metavar.replace("|", " \\| ") + (" ..." if option.many else "")
     default = "required" if required else _default(option)
     meaning = traits.help
     if traits.later is not None:
-        rest = f", but for {', '.join(map(str, traits.available))}" if traits.available else ""
-        meaning += f" (**not yet{rest}**: {traits.later})"
-    return f"| {names} | {value} | {default} | {_cell(meaning)} |"
+        usable = [v for v in (option.default, *traits.available) if v not in (None, False, (), "")]
+        only = (
+            f", but for {' and '.join(f'`{v}`' for v in usable)}" if usable and option.kind == "str" else ""
+        )
+        meaning += f" (**not yet{only}**: {traits.later})"
+    for value, reason in traits.refused.items():
+        meaning += f"; `{value}` is refused: {reason}"
+    return f"| {names} | {metavar} | {default} | {_cell(meaning)} |"
 
 
 def _default(option: Option) -> str:

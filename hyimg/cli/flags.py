@@ -94,13 +94,15 @@ def add_command(
         given |= dict.fromkeys(ctx.meta.get("hyimg.off", []), False)
         run_file = given.get("config")
         resolved = load.make(config, given, run_file=Path(run_file) if run_file else None, notes=notes)
+        load.check_inputs(resolved)
         reporter = ConsoleReporter()
         for note in notes:
             reporter.note(f"note: {note}")
         run(resolved, reporter)
 
     parameters = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    parameters += [_parameter(opt) for opt in options]
+    required = getattr(config, "REQUIRED", ())
+    parameters += [_parameter(opt, opt.name in required) for opt in options]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     app.command(
@@ -109,13 +111,18 @@ def add_command(
         help=inspect.getdoc(run),
         context_settings=CONTEXT_SETTINGS,
         rich_help_panel=panel,
+        epilog="Options that are not built yet are not listed here; docs/commands.md has them all."
+        if any(_is_hidden(opt) for opt in options)
+        else None,
     )(command)
 
 
-def _parameter(opt: Option) -> inspect.Parameter:
-    declared = typer.Argument(metavar=opt.name.upper(), help=opt.traits.help, show_default=False)
+def _parameter(opt: Option, required: bool) -> inspect.Parameter:
+    # never required for Typer: the run file may give it, and the loader says what is missing
+    help = _help(opt, required)
+    declared = typer.Argument(metavar=opt.name.upper(), help=help, show_default=False)
     if not opt.traits.argument:
-        declared = _option(opt)
+        declared = _option(opt, help)
     annotation: Any = bool if opt.kind == "bool" else str
     annotation = list[annotation] if opt.many else annotation
     return inspect.Parameter(
@@ -126,27 +133,30 @@ def _parameter(opt: Option) -> inspect.Parameter:
     )
 
 
-def _option(opt: Option) -> Any:
+def _option(opt: Option, help: str) -> Any:
     names = [f"--{name}" for name in (opt.name, *opt.traits.aliases)]
     return typer.Option(
         *names,
-        help=_help(opt),
+        help=help,
         metavar=opt.metavar or None,
         rich_help_panel=opt.panel,
         show_default=False,
-        hidden=opt.traits.later is not None and not opt.traits.available,
+        hidden=_is_hidden(opt),
         autocompletion=(lambda: list(opt.traits.choices)) if opt.traits.choices else None,
     )
 
 
-def _help(opt: Option) -> str:
-    if opt.default in (None, (), "", False):
+def _is_hidden(opt: Option) -> bool:
+    return opt.traits.later is not None and not opt.traits.available
+
+
+def _help(opt: Option, required: bool) -> str:
+    if required:
+        note = "required"
+    elif opt.default in (None, (), "", False):
         return opt.traits.help
-    default = (
-        " ".join(map(str, opt.default))
-        if opt.many
-        else f"{opt.default:g}"
-        if opt.kind == "float"
-        else opt.default
-    )
-    return f"{opt.traits.help} [default: {default}]".replace("[default", "\\[default")
+    else:
+        values = opt.default if opt.many else (opt.default,)
+        note = "default: " + " ".join(f"{v:g}" if opt.kind == "float" else str(v) for v in values)
+    # a backslash, since rich reads brackets as markup
+    return f"{opt.traits.help} \\[{note}]"

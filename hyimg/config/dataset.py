@@ -12,7 +12,7 @@ from hyimg.config.option import option
 class DatasetOptions:
     """Dataset and caches."""
 
-    dataset_config: Path | None = option(None, help="the dataset file, TOML or JSON")
+    dataset_config: Path | None = option(None, is_input=True, help="the dataset file, TOML or JSON")
     cache_dir: Path | None = option(
         None, help="where the caches live (not given: `hyimg-cache` beside the dataset file)"
     )
@@ -41,6 +41,7 @@ class TextCaching:
 
     sample_prompts: Path | None = option(
         None,
+        is_input=True,
         help="prompt file (txt, toml or json) whose prompts are cached too, so that rendering needs no encoder",
     )
 
@@ -60,7 +61,7 @@ class CachesInTraining:
     skip_cache_check: bool = option(
         False,
         help="do not look for missing or damaged entries before the first step",
-        later="it comes with the data work; the check is fast",
+        later="leave it out; the check is fast",
     )
     latent_sampling: str = option(
         "sample", choices=("sample", "mean"), help="a fresh posterior sample at each step, or the mean"

@@ -93,9 +93,10 @@ def translate_arguments(arguments: Sequence[str], known: frozenset[str], notes: 
     """A command line with the reference tool's flags answered.
 
     `known` are the option names that the command has itself (underscores, no dashes in front): those win.
-    Notes are appended to `notes`. Raises HyimgError for a refused flag.
+    Notes are appended to `notes`. Raises one HyimgError for all refused flags.
     """
     result: list[str] = []
+    refused: list[tuple[str, str]] = []
     index = 0
     while index < len(arguments):
         word = arguments[index]
@@ -116,11 +117,17 @@ def translate_arguments(arguments: Sequence[str], known: frozenset[str], notes: 
             value = arguments[index]
             index += 1
         if flag.answer == "refused":
-            raise HyimgError(f"`--{name}` is not for this model", hint=flag.text)
+            refused.append((name, flag.text))
+            continue
         notes.append(f"`--{name}` {'has no effect here: ' if flag.answer == 'accepted' else ''}{flag.text}")
         if flag.becomes is not None:
             option, fixed = flag.becomes
             result += [f"--{option}", fixed if fixed is not None else (value or "")]
+    if len(refused) == 1:
+        raise HyimgError(f"`--{refused[0][0]}` is not for this model", hint=refused[0][1])
+    if refused:
+        lines = [f"`--{name}`: {text}" for name, text in refused]
+        raise HyimgError("\n  ".join(["several flags are not for this model:", *lines]))
     return result
 
 

@@ -84,9 +84,7 @@ def make(
     required = getattr(config, "REQUIRED", ())
     problems += [f"{by_name[name].label} is required" for name in required if resolved[name] in (None, ())]
     if problems:
-        raise HyimgError(
-            problems[0] if len(problems) == 1 else "\n  ".join(["several options are wrong:", *problems])
-        )
+        raise _all_problems(problems)
     return _assemble(config, resolved)
 
 
@@ -103,6 +101,18 @@ def flatten(config: Any) -> dict[str, Any]:
         group = getattr(config, field.name)
         values.update({f.name: getattr(group, f.name) for f in dataclasses.fields(group)})
     return values
+
+
+def check_inputs(config: Any) -> None:
+    """Raises one HyimgError that names every option whose file or folder is not there."""
+    values = flatten(config)
+    missing = []
+    for opt in all_options(type(config)):
+        if opt.traits.is_input and values[opt.name] is not None:
+            paths = values[opt.name] if opt.many else (values[opt.name],)
+            missing += [f"{opt.label}: there is no file `{path}`" for path in paths if not path.exists()]
+    if missing:
+        raise _all_problems(missing)
 
 
 def select(config: type[C], source: Any) -> C:
@@ -234,6 +244,12 @@ def _check_bounds(opt: Option, value: Any) -> None:
         lower = value - value % traits.multiple_of
         around = f"{lower} or {lower + traits.multiple_of}" if lower else f"{traits.multiple_of}"
         raise ValueError(f"must be a multiple of {traits.multiple_of}, got {value} (nearest: {around})")
+
+
+def _all_problems(problems: list[str]) -> HyimgError:
+    if len(problems) == 1:
+        return HyimgError(problems[0])
+    return HyimgError("\n  ".join(["several options are wrong:", *problems]))
 
 
 def _assemble(config: type[C], resolved: Mapping[str, Any]) -> C:

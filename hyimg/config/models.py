@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hyimg.config.option import option
 
-_MEMORY = "it comes with the memory work (block streaming, fp8, attention backends)"
+_MEMORY = "leave it out; for now the whole model stays in GPU memory in bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,7 @@ class DiTFile:
 
     dit: Path | None = option(
         None,
+        is_input=True,
         aliases=("pretrained_model_name_or_path",),
         help="DiT, a `.safetensors` file or a sharded folder with its index; original, ComfyUI or diffusers names",
     )
@@ -26,17 +27,24 @@ class TextEncoderFiles:
     """Text encoders."""
 
     text_encoder: Path | None = option(
-        None, help="Qwen2.5-VL-7B, a single `.safetensors` file (ComfyUI layout) or a Hugging Face folder"
+        None,
+        is_input=True,
+        help="Qwen2.5-VL-7B, a single `.safetensors` file (ComfyUI layout) or a Hugging Face folder",
     )
-    byt5: Path | None = option(None, help="byT5 glyph encoder, a `.safetensors` file")
+    byt5: Path | None = option(None, is_input=True, help="byT5 glyph encoder, a `.safetensors` file")
     tokenizer: Path | None = option(
         None,
+        is_input=True,
         aliases=("tokenizer_cache_dir",),
         help="folder with the Qwen tokenizer's files, or a `qwen.tiktoken` ranks file "
         "(not given: beside the encoder, then the package dashscope, then the hub)",
     )
     text_encoder_cpu: bool = option(False, help="run the text encoders on the CPU")
-    fp8_vl: bool = option(False, help="hold Qwen2.5-VL's weights in fp8", later=_MEMORY)
+    fp8_vl: bool = option(
+        False,
+        help="hold Qwen2.5-VL's weights in fp8",
+        later="leave it out; the encoder needs the memory of two layers only",
+    )
     text_encoder_batch_size: int = option(
         8, minimum=1, help="captions of equal length that are encoded together"
     )
@@ -46,9 +54,12 @@ class TextEncoderFiles:
 class VAEFile:
     """VAE."""
 
-    vae: Path | None = option(None, help="HunyuanImage-2.1 VAE, a `.safetensors` file")
+    vae: Path | None = option(None, is_input=True, help="HunyuanImage-2.1 VAE, a `.safetensors` file")
     vae_chunk_size: int | None = option(
-        None, minimum=1, help="VAE convolutions in chunks of so many rows (16 is a good value)", later=_MEMORY
+        None,
+        minimum=1,
+        help="VAE convolutions in chunks of so many rows (16 is a good value)",
+        later="leave it out",
     )
 
 
@@ -60,8 +71,8 @@ class Compute:
     mixed_precision: str = option(
         "bf16",
         choices=("no", "fp16", "bf16"),
-        help="type in which the DiT computes; `no` is float32",
-        later="fp16 needs a loss scaler, which comes with the training work; use bf16 or no",
+        help="type in which the models compute; `no` is float32",
+        later="fp16 needs a loss scaler; use bf16 or no",
         available=("no",),
     )
     disable_mmap_load_safetensors: bool = option(
@@ -78,20 +89,20 @@ class Memory:
         choices=("torch", "xformers", "flash", "sageattn"),
         synonyms={"sdpa": "torch"},
         help="attention backend",
-        later=_MEMORY,
+        later="use torch",
     )
     fp8_scaled: bool = option(False, help="hold the DiT's block weights in scaled fp8 (e4m3)", later=_MEMORY)
     blocks_to_swap: int = option(
         0, minimum=0, help="keep so many block units off the GPU and stream them", later=_MEMORY
     )
-    torch_compile: bool = option(False, help="compile the blocks", later=_MEMORY)
+    torch_compile: bool = option(False, help="compile the blocks", later="leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
     """Memory in training."""
 
-    split_attn: bool = option(False, help="attention one sample at a time, without a mask", later=_MEMORY)
+    split_attn: bool = option(False, help="changes nothing: attention never uses a mask here")
     gradient_checkpointing: bool = option(
         False, help="recompute the blocks in the backward pass, to save memory"
     )

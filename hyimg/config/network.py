@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hyimg.config.option import option
 
-_TRAINING = "it comes with the training work"
+_TRAINING = "leave it out for now"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +29,17 @@ class NetworkTraining:
     """Network, in training."""
 
     network_module: str = option(
-        "lora", synonyms={"networks.lora_hunyuan_image": "lora"}, help="kind of network", choices=("lora",)
+        "lora",
+        synonyms={"networks.lora_hunyuan_image": "lora"},
+        help="kind of network; the reference tool's `networks.lora_hunyuan_image` is the same",
+        choices=("lora",),
     )
     network_dropout: float = option(
         0.0, minimum=0, maximum=1, help="dropout of the adapters", later=_TRAINING
     )
     network_train_unet_only: bool = option(True, help="always so: the text encoders are never trained")
     network_weights: Path | None = option(
-        None, help="LoRA file to start from, in any format that hyimg reads"
+        None, is_input=True, help="LoRA file to start from, in any format that hyimg reads"
     )
     dim_from_weights: bool = option(False, help="take the ranks from `--network_weights`", later=_TRAINING)
     base_weights: tuple[Path, ...] = option((), help="LoRA files merged into the base first", later=_TRAINING)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hyimg.config.option import option
 
-_TRAINING = "it comes with the training work"
+_TRAINING = "leave it out for now"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Optimizer:
     optimizer_args: tuple[str, ...] = option((), help='arguments of the optimiser: `"weight_decay=0.01"`')
     max_grad_norm: float = option(1.0, minimum=0, help="gradient clipping by norm; 0 is off")
     gradient_accumulation_steps: int = option(1, minimum=1, help="batches to a step")
-    lr_scheduler: str = option("constant", help="learning-rate schedule", later=_TRAINING + "; use constant")
+    lr_scheduler: str = option("constant", help="learning-rate schedule", later="use constant")
     lr_scheduler_type: str | None = option(None, help="schedule by `package.Class`", later=_TRAINING)
     lr_scheduler_args: tuple[str, ...] = option((), help="its arguments", later=_TRAINING)
     lr_warmup_steps: float = option(0, minimum=0, help="warm-up, in steps or as a fraction", later=_TRAINING)

@@ -41,6 +41,7 @@ class Traits:
     later: str | None = None
     available: tuple[Any, ...] = ()
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    is_input: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ def option(
     later: str | None = None,
     available: tuple[Any, ...] = (),
     refused: Mapping[str, str] | None = None,
+    is_input: bool = False,
 ) -> Any:
     """Declares an option inside a group.
 
@@ -95,7 +97,7 @@ def option(
     inclusive unless `exclusive_minimum`. `count` fixes how many values a tuple takes. `argument` makes it a
     positional argument. `synonyms` maps other spellings of a value to the one that is kept. `later` is the
     reason why a value other than the default (and those in `available`) is refused for now; `refused` maps
-    values that never will be to the reason.
+    values that never will be to the reason. `is_input` says that the path must be there to be read.
     """
     traits = Traits(
         help=help,
@@ -111,6 +113,7 @@ def option(
         later=later,
         available=available,
         refused=refused or {},
+        is_input=is_input,
     )
     return dataclasses.field(default=default, metadata={_METADATA_KEY: traits})
 

@@ -7,14 +7,16 @@ from pathlib import Path
 
 from hyimg.config.option import option
 
-_RENDERING = "it comes with the rendering work"
+_RENDERING = "leave it out for now"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAFiles:
     """LoRA."""
 
-    lora_weight: tuple[Path, ...] = option((), help="LoRA files, in any format that hyimg reads")
+    lora_weight: tuple[Path, ...] = option(
+        (), is_input=True, help="LoRA files, in any format that hyimg reads"
+    )
     lora_multiplier: tuple[float, ...] = option((), help="a multiplier each (not given: 1)")
     include_patterns: tuple[str, ...] = option((), help="modules to apply", later=_RENDERING)
     exclude_patterns: tuple[str, ...] = option((), help="modules to leave out", later=_RENDERING)
@@ -29,7 +31,9 @@ class Prompt:
     prompt: str | None = option(None, help="what to render; text in double quotes is drawn as letters")
     negative_prompt: str | None = option(None, help="what to keep away from (not given: the empty prompt)")
     from_file: Path | None = option(
-        None, help="prompt file: text lines with --w --h --d --s --l --g --n --fs, TOML or JSON"
+        None,
+        is_input=True,
+        help="prompt file: text lines with --w --h --d --s --l --g --n --fs, TOML or JSON",
     )
     interactive: bool = option(False, help="ask for prompts one after another", later=_RENDERING)
 
@@ -61,13 +65,16 @@ class Sampling:
 class InferOutput:
     """Output."""
 
-    save_path: Path | None = option(None, help="PNG file, or a folder for several images")
+    save_path: Path | None = option(None, help="PNG file (or a folder, named without a suffix)")
     output_type: str = option(
         "images",
         choices=("images", "latent", "latent_images"),
         help="what is saved: pictures, latents or both",
     )
-    latent_path: tuple[Path, ...] = option((), help="saved latents to decode instead of rendering")
+    latent_path: tuple[Path, ...] = option(
+        (), is_input=True, help="saved latents to decode instead of rendering"
+    )
+    overwrite: bool = option(False, help="replace files that are there")
     no_metadata: bool = option(False, help="write no settings into the PNG")
     split_attn: bool = option(False, help="changes nothing: one image at a time has no mask")
 
@@ -76,8 +83,12 @@ class InferOutput:
 class SheetOptions:
     """What to render."""
 
-    sample_prompts: Path | None = option(None, aliases=("prompts",), help="prompt file: txt, toml or json")
-    lora_weight: tuple[Path, ...] = option((), help="LoRA files: a column each, beside the base model")
+    sample_prompts: Path | None = option(
+        None, is_input=True, aliases=("prompts",), help="prompt file: txt, toml or json"
+    )
+    lora_weight: tuple[Path, ...] = option(
+        (), is_input=True, help="LoRA files: a column each, beside the base model"
+    )
     lora_multiplier: tuple[float, ...] = option((), help="a multiplier each, or one for all (not given: 1)")
     no_base: bool = option(False, help="leave out the column of the base model")
     output_dir: Path | None = option(None, help="folder for the images and `sheet.png`")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hyimg.config.option import option
 
-_TRAINING = "it comes with the training work"
+_TRAINING = "leave it out for now"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Logging:
         None,
         choices=("tensorboard", "wandb", "all"),
         help="tracker, beside `NAME.metrics.jsonl`, which is always written",
-        later="wandb comes with the training work; use tensorboard",
+        later="use tensorboard",
         available=("tensorboard",),
     )
     log_prefix: str = option("", help="prefix of the tracker's run folder")
@@ -117,7 +117,7 @@ class Validation:
     sample_prompts: Path | None = option(
         None,
         help="prompt file for samples while training",
-        later=_TRAINING + "; use `hyimg sample` after the run",
+        later="use `hyimg sample` after the run",
     )
     sample_every_n_steps: int | None = option(None, minimum=1, help="sample so often", later=_TRAINING)
     sample_every_n_epochs: int | None = option(None, minimum=1, help="sample so often", later=_TRAINING)

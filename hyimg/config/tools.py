@@ -24,7 +24,7 @@ class Common:
 class Conversion:
     """Conversion."""
 
-    source: Path | None = option(None, argument=True, help="LoRA file to read")
+    source: Path | None = option(None, is_input=True, argument=True, help="LoRA file to read")
     destination: Path | None = option(None, argument=True, help="file to write")
     to: str | None = option(
         None, choices=("comfy", "kohya", "diffusers", "peft"), help="format to write (not given: comfy)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import torch
 
@@ -42,6 +43,9 @@ def cache_latents(config: CacheLatentsConfig, report: Reporter) -> CacheSummary:
     vae = load_vae(
         vae_path, device=device, dtype=dtype, mmap=not config.compute.disable_mmap_load_safetensors
     )
+    buckets = Counter(task.sample.bucket for task in plan.todo)
+    listing = ", ".join(f"{width}x{height}: {count}" for (width, height), count in sorted(buckets.items()))
+    report.note(f"buckets (width x height: images): {listing}")
     started = time.monotonic()
     with (
         torch.no_grad(),

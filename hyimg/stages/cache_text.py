@@ -16,7 +16,7 @@ from hyimg.encoders.progress import encode_prompts
 from hyimg.encoders.text import TextEncoders
 from hyimg.flow.prompts import load_prompts
 from hyimg.memory.device import resolve_device
-from hyimg.report import Reporter, duration_text
+from hyimg.report import Reporter, count_text, duration_text
 
 
 def cache_text(config: CacheTextConfig, report: Reporter) -> CacheSummary:
@@ -50,10 +50,9 @@ def cache_text(config: CacheTextConfig, report: Reporter) -> CacheSummary:
     started = time.monotonic()
     for prompt, encoded in encode_prompts(encoders, plan.todo, report):
         store.write(prompt, TextEntry(encoded.text_TD, encoded.byt5_SE))
-    report.note(
-        f"text: {len(plan.todo)} prompts made in {duration_text(time.monotonic() - started)}, {plan.num_done} kept, "
-        f"in {workspace.text_dir}"
-    )
+    seconds = duration_text(time.monotonic() - started)
+    made = count_text(len(plan.todo), "prompt")
+    report.note(f"text: {made} made in {seconds}, {plan.num_done} kept, in {workspace.text_dir}")
     return CacheSummary(len(plan.todo), plan.num_done)
 
 

@@ -38,12 +38,16 @@ from hyimg.flow.renderer import (
 )
 from hyimg.flow.sizes import NATIVE_SIZES
 from hyimg.memory.device import compute_dtype, resolve_device, vae_dtype
+from hyimg.model.keys import linear_modules
 from hyimg.model.loading import check_dit, check_vae, load_dit, load_vae
 from hyimg.model.safetensors_file import Checkpoint
 from hyimg.plugins import load_plugins
 from hyimg.report import Reporter
 
 LATENT_KEY = "latent"
+
+# What each `--output_type` leaves
+_SUFFIXES = {"images": (".png",), "latent": (".safetensors",), "latent_images": (".safetensors", ".png")}
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Rendered:
 def infer(config: InferConfig, report: Reporter) -> list[Path]:
     """Renders the prompts, or decodes the latents, and returns the files that were written.
 
-    An existing file at `--save_path` is replaced. Raises HyimgError for wrong input before a weight is read.
+    Raises HyimgError for wrong input before a weight is read.
     """
     assert config.vae.vae is not None
     check_vae(config.vae.vae)
@@ -102,7 +106,7 @@ def _plan(config: InferConfig, report: Reporter) -> _Plan:
     for width, height in dict.fromkeys((spec.width, spec.height) for spec in decided):
         if (width, height) not in NATIVE_SIZES:
             report.warning(
-                f"{width}x{height} is not one of the sizes that the model was made for: "
+                f"{width}x{height} (width x height) is not one of the sizes that the model was made for: "
                 + ", ".join(f"{w}x{h}" for w, h in NATIVE_SIZES)
             )
     return _Plan(
@@ -157,7 +161,9 @@ def _render(config: InferConfig, plan: _Plan, report: Reporter) -> list[Rendered
     )
     for path, multiplier in zip(config.lora.lora_weight, plan.multipliers, strict=True):
         network = attach_lora(dit, path, multiplier)
-        report.note(f"LoRA {path}: {len(network.plan)} modules, multiplier {multiplier:g}")
+        report.note(
+            f"LoRA {path}: {len(network.plan)} of {len(linear_modules(dit.arch))} modules, multiplier {multiplier:g}"
+        )
     renderer = Renderer(
         dit, config.sampling, plan.samplers, states, lambda text: glyph_prompt(text) is not None
     )
@@ -188,36 +194,51 @@ def _free(device: torch.device) -> None:
 
 
 def _targets(config: InferConfig, count: int) -> list[Path]:
-    """A path without suffix for each result; the folder is tried, so that a render is not lost at its end."""
-    save_path = config.output.save_path
+    """A path without suffix for each result; the folder is tried, so that a render is not lost at its end.
+
+    Raises HyimgError for a folder that cannot be written, and for files that are there without `--overwrite`.
+    """
+    save_path, suffixes = config.output.save_path, _SUFFIXES[config.output.output_type]
     assert save_path is not None
     if save_path.suffix.lower() in (".png", ".safetensors"):
-        if save_path.is_dir():
-            raise HyimgError(
-                f"`--save_path` `{save_path}` is a folder", hint="name a file, or a folder without suffix"
-            )
         require_writable_folder(save_path.parent)
         stem = save_path.with_suffix("")
-        return [stem] if count == 1 else [stem.with_name(f"{stem.name}-{i:04}") for i in range(1, count + 1)]
-    require_writable_folder(save_path)
-    return [save_path / f"{i:04}" for i in range(1, count + 1)]
+        targets = (
+            [stem] if count == 1 else [stem.with_name(f"{stem.name}-{i:04}") for i in range(1, count + 1)]
+        )
+    elif save_path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"):
+        raise HyimgError(f"`--save_path` `{save_path}`: pictures are saved as PNG", hint="name a `.png` file")
+    else:
+        require_writable_folder(save_path)
+        targets = [save_path / f"{i:04}" for i in range(1, count + 1)]
+    there = [
+        path for target in targets for suffix in suffixes if (path := _with_suffix(target, suffix)).exists()
+    ]
+    if there and not config.output.overwrite:
+        raise HyimgError(f"`{there[0]}` exists", hint="name another `--save_path`, or give `--overwrite`")
+    return targets
+
+
+def _with_suffix(target: Path, suffix: str) -> Path:
+    # not Path.with_suffix, which would cut `v1.5`
+    return target.with_name(target.name + suffix)
 
 
 def _write(
     config: InferConfig, rendered: Sequence[Rendered], targets: Sequence[Path], report: Reporter
 ) -> list[Path]:
     written = []
-    output_type = config.output.output_type
-    if output_type in ("latent", "latent_images"):
+    suffixes = _SUFFIXES[config.output.output_type]
+    if ".safetensors" in suffixes:
         for one, target in zip(rendered, targets, strict=True):
-            written.append(_write_latent(one, target.with_name(f"{target.name}.safetensors")))
-    if output_type in ("images", "latent_images"):
+            written.append(_write_latent(one, _with_suffix(target, ".safetensors")))
+    if ".png" in suffixes:
         device = resolve_device(config.compute.device)
         assert config.vae.vae is not None
         vae = load_vae(config.vae.vae, device=device, dtype=vae_dtype(config.compute.mixed_precision, device))
         with report.task("decode", len(rendered), unit="image") as task:
             for one, target in zip(rendered, targets, strict=True):
-                path = target.with_name(f"{target.name}.png")
+                path = _with_suffix(target, ".png")
                 settings = None if config.output.no_metadata else one.settings
                 save_png(decode_image(vae, one.latent_BCHW), path, settings)
                 written.append(path)

@@ -29,6 +29,10 @@ def inspect_modules(config: InspectModulesConfig, report: Reporter) -> Inspectio
     )
     for warning in found.warnings:
         report.warning(warning)
+    if config.dit.dit is None and config.inspection.arch is None:
+        report.note("HunyuanImage-2.1, since neither `--dit` nor `--arch` was given")
+    if not found.rows:
+        report.warning(f"no module matches `{config.inspection.pattern}`")
     if config.inspection.json:
         _print_json(found)
     else:
@@ -85,4 +89,4 @@ def _print_table(found: Inspection) -> None:
         f"parameters, LoRA file {size_text(totals.file_bytes)} in float32, "
         f"AdamW state {size_text(totals.optimizer_bytes)}"
     )
-    console.print("a pattern also meets the LoRA names: lora_unet_ and the module's name with underscores")
+    console.print("a pattern may also match a LoRA name, such as lora_unet_double_blocks_0_img_attn_qkv")

@@ -73,6 +73,7 @@ def make_tiny_model(config: MakeTinyModelConfig, report: Reporter) -> ModelFolde
     _write(folder, depth=options.depth, seed=options.seed)
     for option, path in folder.files().items():
         report.note(f"--{option} {path} ({size_text(path.stat().st_size)})")
+    report.note(f"the tokenizer beside them is found by itself: {folder.directory / 'tokenizer.json'}")
     return folder
 
 

@@ -39,7 +39,7 @@ from hyimg.model.keys import linear_modules
 from hyimg.model.loading import check_dit, load_dit
 from hyimg.plugins import Plugins, bind_arguments, load_plugins, parse_arguments
 from hyimg.randomness import keyed_seed
-from hyimg.report import Reporter, size_text
+from hyimg.report import Reporter, count_text, size_text
 from hyimg.training.loop import train_loop
 from hyimg.training.metadata import training_metadata
 from hyimg.training.metrics import MetricsLog
@@ -142,8 +142,14 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
             describe=_describer(workspace, started),
             save_dtype=_SAVE_DTYPES[config.saving.save_precision],
         )
-        train_loop(run)
-        accelerator.end_training()
+        try:
+            train_loop(run)
+        except KeyboardInterrupt:
+            last = f"the last saved file is {run.saved[-1]}" if run.saved else "nothing was saved yet"
+            report.warning(f"stopped after step {run.step} of {schedule.max_steps}; {last}")
+            raise
+        finally:
+            accelerator.end_training()
     return TrainResult(run.saved, run.step, prepared.seed)
 
 
@@ -193,7 +199,7 @@ def _plan_network(config: TrainConfig, arch: DiTArch, report: Reporter) -> tuple
     args = NetworkArgs.parse(config.network.network_args)
     modules = linear_modules(arch)
     for warning in args.warnings(modules, strict=config.network.strict_patterns):
-        report.warning(warning)
+        report.warning(f"{warning} (`hyimg inspect-modules` lists the names)")
     plan = plan_network(
         modules, dim=config.network.network_dim, alpha=config.network.network_alpha, args=args
     )
@@ -274,7 +280,10 @@ def _tell(prepared: Preparation, workspace: Workspace, schedule: Schedule, repor
         f"data: {len(samples)} images, {sum(s.num_repeats for s in samples)} an epoch with repeats, "
         f"{schedule.batches_per_epoch} batches"
     )
-    report.note(f"run: {schedule.max_steps} steps in {schedule.num_epochs} epochs, seed {prepared.seed}")
+    report.note(
+        f"run: {count_text(schedule.max_steps, 'step')} in {count_text(schedule.num_epochs, 'epoch')}, "
+        f"seed {prepared.seed}"
+    )
 
 
 def _network(prepared: Preparation, dit: DiT) -> LoRANetwork:

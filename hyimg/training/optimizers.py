@@ -7,6 +7,7 @@ when it is asked for.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -46,6 +47,8 @@ def adafactor(groups: Groups, lr: float, **arguments: Any) -> Optimizer:
 
 
 def _bitsandbytes(name: str) -> Callable[..., Any]:
+    # it looks for an optional kernel on import and logs a line that reads like a failure
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as error:

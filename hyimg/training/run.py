@@ -135,6 +135,6 @@ class Run:
     def save(self, *, epoch: int | None = None, step: int | None = None) -> None:
         """Saves the LoRA as it is now, under the name of an epoch, of a step, or the final one."""
         path = self.folder.lora_path(epoch=epoch, step=step)
-        for saved in self.folder.save(path, self.network.state(), self.describe(self), self.save_dtype):
-            self.saved.append(saved)
-            self.report.note(f"saved {saved}")
+        files = self.folder.save(path, self.network.state(), self.describe(self), self.save_dtype)
+        self.saved += files
+        self.report.note("saved " + " and ".join(str(file) for file in files))

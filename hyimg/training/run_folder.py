@@ -17,6 +17,7 @@ import tomli_w
 
 from hyimg.cache.atomic import atomic_write_text, require_writable_folder
 from hyimg.config.load import flatten
+from hyimg.config.option import all_options
 from hyimg.errors import HyimgError
 from hyimg.lora.file import convert, save_lora
 
@@ -74,7 +75,8 @@ class RunFolder:
                 f"`--output_name` `{self.name}` must be a plain name", hint="the folder is `--output_dir`"
             )
         require_writable_folder(self.directory)
-        used = self.used_files()
+        # options and metrics alone are no loss: a dry run or an early stop leaves them
+        used = [path for path in self.used_files() if path.suffix == ".safetensors"]
         if used and not overwrite:
             raise HyimgError(
                 f"`{self.directory}` holds a run named `{self.name}` already (`{used[0].name}`)",
@@ -117,9 +119,14 @@ class RunFolder:
 
 def config_toml(config: object) -> str:
     """All options of a config as a TOML run file, paths absolute; those that were not given are left out."""
+    # what cannot be used yet stands at its default, and would only make the file long
+    not_written = {
+        opt.name for opt in all_options(type(config)) if opt.traits.later and not opt.traits.available
+    }
+    not_written |= set(_NOT_REPEATED)
     values = {}
     for key, value in flatten(config).items():
-        if value is None or value == () or key in _NOT_REPEATED:
+        if value is None or value == () or key in not_written:
             continue
         values[key] = _plain(value)
     return tomli_w.dumps(values, multiline_strings=True)

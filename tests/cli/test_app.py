@@ -8,14 +8,17 @@ import typer
 from hyimg.cli.app import run
 from hyimg.cli.flags import add_command
 from hyimg.config import commands as configs
+from hyimg.config import load
 
 
 @pytest.fixture
-def parse():
-    """A command of `config` that only keeps what it was given; returns (exit code, config, stderr)."""
+def parse(monkeypatch):
+    """A command of `config` that only keeps what it was given; returns (exit code, config)."""
     from hyimg.cli import app as module
 
-    def call(config, *arguments, capsys=None):
+    monkeypatch.setattr(load, "check_inputs", lambda config: None)  # the paths below are names only
+
+    def call(config, *arguments):
         kept = []
 
         def keep(resolved, report):
@@ -93,6 +96,10 @@ def test_flags_of_the_reference_tool_are_answered(parse, capsys):
     err = capsys.readouterr().err
     assert "`--lowram` has no effect here" in err
     assert "`--use_8bit_adam` is `--optimizer_type AdamW8bit` here" in err
+    assert parse(configs.TrainConfig, *TRAIN, "--v2", "--clip_skip", "2")[0] == 2
+    err = capsys.readouterr().err
+    assert "`--v2`" in err
+    assert "`--clip_skip`: this model has no CLIP" in err
     for flags, way_out in (
         (["--fp8_base"], "--fp8_scaled"),
         (["--min-snr-gamma", "5"], "--weighting_scheme"),
@@ -120,6 +127,13 @@ def test_wrong_command_lines_are_one_answer_with_exit_code_2(arguments, parts, c
     assert "Traceback" not in captured.err
     for text in parts:
         assert text in captured.err
+
+
+def test_files_that_are_not_there_are_named_with_their_options(capsys):
+    assert run(["train", *TRAIN]) == 2
+    err = capsys.readouterr().err
+    assert "`--dit`: there is no file `d`" in err
+    assert "`--dataset_config`: there is no file `c`" in err
 
 
 def test_traceback_is_shown_when_asked():

@@ -100,6 +100,18 @@ def test_a_prompt_file_renders_one_picture_a_line(infer, tmp_path):
     assert isinstance(settings["seed"], int), "a drawn seed is recorded"
 
 
+def test_a_picture_that_is_there_is_not_replaced_unasked(hyimg, infer):
+    path = infer()
+    before = path.read_bytes()
+    arguments = [*MODELS, *SIZE, "--prompt", "a cat", "--save_path", path]
+    code, _, err = hyimg("infer", *arguments)
+    assert code == 2
+    assert "exists" in err
+    assert path.read_bytes() == before
+    assert hyimg("infer", *arguments, "--overwrite")[0] == 0
+    assert path.read_bytes() != before
+
+
 def test_saved_latents_decode_to_the_same_picture(hyimg, infer, tmp_path):
     picture = infer("--output_type", "latent_images")
     decoded = tmp_path / "decoded.png"
@@ -113,7 +125,7 @@ def test_saved_latents_decode_to_the_same_picture(hyimg, infer, tmp_path):
 def test_a_size_that_is_not_native_is_rendered_with_a_warning(hyimg, tmp_path):
     prompt = ["--prompt", "x", "--save_path", tmp_path / "a.png"]
     _, _, err = hyimg("infer", *MODELS, *SIZE, *prompt, "--split_attn")
-    assert "warning: 96x64 is not one of the sizes that the model was made for" in err
+    assert "warning: 96x64 (width x height) is not one of the sizes that the model was made for" in err
     assert "`--split_attn` changes nothing" in err
 
 

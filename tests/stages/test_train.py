@@ -246,5 +246,5 @@ def test_caches_are_filled_first_when_asked(own_dataset, hyimg, tmp_path):
     )
     assert code == 0, err
     assert "latents: all 5 are cached" in err
-    assert "text: 1 prompts made" in err
+    assert "text: 1 prompt made" in err
     assert (tmp_path / "out" / "lora.safetensors").is_file()

@@ -198,7 +198,9 @@ def test_wrong_training_options(extra, words, refused, tmp_path, cached_dataset)
         (["--sampler", "eular"], ["did you mean `euler`"]),
         (["--lora_weight", "{vae}"], ["is not a LoRA but a VAE"]),
         (["--lora_multiplier", "1"], ["`--lora_multiplier` without `--lora_weight`"]),
-        (["--from_file", "none.txt"], ["one of `--prompt` and `--from_file`"]),
+        (["--from_file", __file__], ["one of `--prompt` and `--from_file`"]),
+        (["--from_file", "none.txt"], ["`--from_file`: there is no file `none.txt`"]),
+        (["--save_path", "picture.jpg"], ["saved as PNG"]),
         (["--save_path", "{dit}/a.png"], ["cannot write"]),
     ],
 )
