@@ -16,27 +16,37 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pluggy
 
 from hyimg import hookspecs
-from hyimg.errors import HyimgError, did_you_mean, nearest
+from hyimg.errors import HyimgError, RunError, did_you_mean, nearest
+from hyimg.hookspecs import Provided
 
 BUILTIN_MODULES = ("hyimg.flow.builtins", "hyimg.training.builtins")
 ENTRY_POINT_GROUP = "hyimg"
 
 Kind = Literal["losses", "samplers", "timestep_samplers", "optimizers"]
-_OPTION = {
+_OPTION: Mapping[Kind, str] = {
     "losses": "--loss_type",
     "samplers": "--sampler",
     "timestep_samplers": "--timestep_sampling",
     "optimizers": "--optimizer_type",
 }
+_MEND = "mend or uninstall it, or choose plugins with the environment variable HYIMG_LOAD_PLUGINS"
+
+
+class _Entry(NamedTuple):
+    """A name as its plugin spells it, the function or its place, and the plugin's name."""
+
+    name: str
+    target: str | Callable[..., Any]
+    plugin: str
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,10 @@ class LoadedPlugin:
 
 
 class Plugins:
-    """The loaded plugins, and the functions that they provide by name."""
+    """The loaded plugins, and the functions that they provide by name.
+
+    What a plugin does wrong is a HyimgError that names it, its place and the hook.
+    """
 
     def __init__(self) -> None:
         self.manager = pluggy.PluginManager("hyimg")
@@ -58,65 +71,155 @@ class Plugins:
 
     @property
     def hook(self) -> Any:
-        """The event hooks, to be called with keyword arguments (`plugins.hook.hyimg_run_start(run=run)`)."""
+        """The hooks as pluggy has them; events go through `notify`, which says whose hook has failed."""
         return self.manager.hook
 
     def register(self, module: ModuleType, name: str, origin: str) -> None:
-        """Adds a plugin module; a hook that hyimg does not know is an error, since it would never be called."""
+        """Adds a plugin module; a hook that would never be called, or not as it is written, is an error."""
         if self.manager.has_plugin(name):
             raise HyimgError(f"the plugin `{name}` is loaded twice, the second time from {origin}")
-        unknown = [n for n in dir(module) if n.startswith("hyimg_") and not hasattr(self.manager.hook, n)]
-        if unknown:
-            known = [n for n in dir(hookspecs) if n.startswith("hyimg_")]
+        if (known_as := self.manager.get_name(module)) is not None:
             raise HyimgError(
-                f"the plugin `{name}` ({origin}) implements `{unknown[0]}`, which is no hook",
-                hint=did_you_mean(unknown[0], known) or f"the hooks are {', '.join(known)}",
+                f"`--plugin` `{name}` names what is loaded already, the plugin `{known_as}` "
+                f"({self._origins[known_as]})",
+                hint="leave `--plugin` out, or leave the installed plugin out with `HYIMG_LOAD_PLUGINS`",
             )
-        self.manager.register(module, name)
         self._origins[name] = origin
+        for hook in dir(module):
+            if hook.startswith("hyimg_"):
+                self._check_hook(name, hook, getattr(module, hook))
+        try:
+            self.manager.register(module, name)
+        except pluggy.PluginValidationError as error:
+            raise HyimgError(f"{self._place(name)} does not fit: {' '.join(str(error).split())}") from error
+
+    def notify(self, event: str, **details: Any) -> None:
+        """Calls the event hook `event` ("hyimg_run_start") of every plugin, the last loaded first.
+
+        Raises RunError, naming plugin and hook, for one that raises; its own HyimgError stays as it is.
+        """
+        for implementation in reversed(getattr(self.manager.hook, event).get_hookimpls()):
+            try:
+                implementation.function(*(details[argument] for argument in implementation.argnames))
+            except HyimgError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise RunError(
+                    f"{self._place(implementation.plugin_name)}: hook `{event}` failed: {describe(error)}",
+                    hint="mend the plugin, or run without it; `--traceback` shows where it failed",
+                ) from error
 
     def provided(self, kind: Kind) -> dict[str, str | Callable[..., Any]]:
-        """All names of a kind with what stands for each; raises HyimgError where two plugins give one name."""
-        found: dict[str, str | Callable[..., Any]] = {}
-        givers: dict[str, str] = {}
-        for implementation in getattr(self.manager.hook, f"hyimg_{kind}").get_hookimpls():
-            plugin = implementation.plugin_name
-            for name, target in implementation.function().items():
-                if name in found:
-                    raise HyimgError(
-                        f"the plugin `{plugin}` ({self._origins[plugin]}) gives `{name}` for `{_OPTION[kind]}`, "
-                        f"which `{givers[name]}` has already",
-                        hint="rename one of the two, or load only one plugin",
-                    )
-                found[name], givers[name] = target, plugin
-        return found
+        """All names of a kind with what stands for each.
+
+        Raises HyimgError where two plugins give one name; upper and lower case are one name.
+        """
+        return {entry.name: entry.target for entry in self._entries(kind).values()}
+
+    def canonical(self, kind: Kind, name: str) -> str:
+        """The name as its plugin spells it, for a name in any case; raises as `resolve`."""
+        return self._entry(kind, name).name
 
     def resolve(self, kind: Kind, name: str) -> Callable[..., Any]:
-        """The function of that name, imported now; raises HyimgError that lists the names there are."""
-        found = self.provided(kind)
-        by_lower = {known.lower(): known for known in found}
-        actual = by_lower.get(name.lower())
-        if actual is None:
-            close = nearest(name, found)
-            known = ", ".join(f"`{n}`" for n in sorted(found, key=str.lower))
+        """The function of that name in any case, imported now; raises HyimgError that lists the names there are."""
+        canonical, target, plugin = self._entry(kind, name)
+        if callable(target):
+            return target
+        try:
+            return load_object(target)
+        except HyimgError as error:
             raise HyimgError(
-                f"`{_OPTION[kind]}` `{name}` is unknown",
-                hint=f"did you mean `{close[0]}`? (there are {known})" if close else f"there are {known}",
-            )
-        target = found[actual]
-        return target if callable(target) else load_object(target)
+                f"{self._place(plugin)}: hook `hyimg_{kind}`: `{canonical}`: {error.message}",
+                hint=error.hint,
+            ) from error
 
     def listing(self) -> list[LoadedPlugin]:
         """Every loaded plugin with what it provides, in order of loading."""
-        rows = []
-        for name, module in self.manager.list_name_plugin():
-            provides = {
-                kind: tuple(getattr(module, f"hyimg_{kind}")())
-                for kind in _OPTION
-                if hasattr(module, f"hyimg_{kind}")
-            }
-            rows.append(LoadedPlugin(name, self._origins[name], provides))
-        return rows
+        provides: dict[str, dict[str, tuple[str, ...]]] = {name: {} for name in self._origins}
+        for kind in _OPTION:
+            for implementation in self._implementations(kind):
+                provides[implementation.plugin_name][kind] = tuple(self._given(implementation, kind))
+        return [LoadedPlugin(name, origin, provides[name]) for name, origin in self._origins.items()]
+
+    def _entry(self, kind: Kind, name: str) -> _Entry:
+        entries = self._entries(kind)
+        if name.lower() in entries:
+            return entries[name.lower()]
+        names = [entry.name for entry in entries.values()]
+        listed = "there are " + ", ".join(f"`{n}`" for n in sorted(names, key=str.lower))
+        close = nearest(name, names)
+        raise HyimgError(
+            f"`{_OPTION[kind]}` `{name}` is unknown",
+            hint=f"did you mean `{close[0]}`? ({listed})" if close else listed,
+        )
+
+    def _entries(self, kind: Kind) -> dict[str, _Entry]:
+        """All entries of a kind by the name in lower case."""
+        found: dict[str, _Entry] = {}
+        for implementation in self._implementations(kind):
+            plugin = implementation.plugin_name
+            for name, target in self._given(implementation, kind).items():
+                if (there := found.get(name.lower())) is not None:
+                    same = "" if there.name == name else f" as `{there.name}`"
+                    raise HyimgError(
+                        f"{self._place(plugin)} gives `{name}` for `{_OPTION[kind]}`, "
+                        f"which `{there.plugin}` has already{same}",
+                        hint="rename one of the two, or load only one plugin",
+                    )
+                found[name.lower()] = _Entry(name, target, plugin)
+        return found
+
+    def _implementations(self, kind: Kind) -> list[pluggy.HookImpl]:
+        implementations: list[pluggy.HookImpl] = getattr(self.manager.hook, f"hyimg_{kind}").get_hookimpls()
+        return implementations
+
+    def _given(self, implementation: pluggy.HookImpl, kind: Kind) -> Provided:
+        """What one plugin's hook returns, checked."""
+        blame = f"{self._place(implementation.plugin_name)}: hook `hyimg_{kind}`"
+        try:
+            given: object = implementation.function()
+        except HyimgError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise HyimgError(f"{blame} failed: {describe(error)}", hint=_MEND) from error
+        must = "it must return a mapping from names to functions or to their places as `module:function`"
+        if not isinstance(given, Mapping):
+            raise HyimgError(f"{blame} returned {_article(type(given).__name__)}", hint=must)
+        for name, target in given.items():
+            if not isinstance(name, str) or not (isinstance(target, str) or callable(target)):
+                raise HyimgError(f"{blame} returned `{name!r}: {target!r}`", hint=must)
+        return given
+
+    def _check_hook(self, plugin: str, hook: str, function: object) -> None:
+        known = [name for name in dir(hookspecs) if name.startswith("hyimg_")]
+        if hook not in known:
+            raise HyimgError(
+                f"{self._place(plugin)} implements `{hook}`, which is no hook",
+                hint=did_you_mean(hook, known) or f"the hooks are {', '.join(known)}",
+            )
+        blame = f"{self._place(plugin)}: hook `{hook}`"
+        marks = getattr(function, "hyimg_impl", None)
+        if marks is None or not inspect.isroutine(function):
+            raise HyimgError(
+                f"{blame} is not marked, so it would never be called",
+                hint="put `@hookimpl` (from hyimg.hookspecs) in front of the function",
+            )
+        if marks["wrapper"] or marks["hookwrapper"]:
+            raise HyimgError(
+                f"{blame} is a wrapper", hint="write a function that is called beside the others"
+            )
+        may = tuple(inspect.signature(getattr(hookspecs, hook)).parameters)
+        for parameter in inspect.signature(function).parameters.values():
+            variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if parameter.default is parameter.empty and not variadic and parameter.name not in may:
+                takes = ", ".join(f"`{name}`" for name in may) if may else "nothing"
+                raise HyimgError(
+                    f"{blame} asks for `{parameter.name}`, which it is not given",
+                    hint=f"the hook may take {takes}",
+                )
+
+    def _place(self, plugin: str) -> str:
+        return f"the plugin `{plugin}` ({self._origins[plugin]})"
 
 
 def load_plugins(extra: Sequence[str] = ()) -> Plugins:
@@ -162,13 +265,26 @@ def _import(load: Callable[[], Any], name: str, origin: str) -> ModuleType:
         module = load()
     except HyimgError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise HyimgError(
-            f"the plugin `{name}` ({origin}) cannot be imported: {type(error).__name__}: {error}",
-            hint="mend or uninstall it, or choose plugins with the environment variable HYIMG_LOAD_PLUGINS",
+            f"the plugin `{name}` ({origin}) cannot be imported: {describe(error)}", hint=_MEND
         ) from error
-    assert isinstance(module, ModuleType), f"the entry point `{name}` must name a module"
+    if not isinstance(module, ModuleType):
+        raise HyimgError(
+            f"the plugin `{name}` ({origin}) is {_article(type(module).__name__)}, not a module",
+            hint=f"its entry point must name a module, without a `:` ({_MEND})",
+        )
     return module
+
+
+def describe(error: BaseException) -> str:
+    """Somebody else's exception on one line: its type, and its message where it has one."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -196,9 +312,9 @@ def load_object(place: str) -> Callable[..., Any]:
     module_name, _, name = place.partition(":") if ":" in place else place.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # a module's own code runs on import
         raise HyimgError(
-            f"`{place}` cannot be imported: {error}",
+            f"`{place}` cannot be imported: {describe(error)}",
             hint="install the package that holds it, or mend the name",
         ) from error
     if not callable(found):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ class Reporter(Protocol):
     def warning(self, text: str) -> None:
         """One line that a user should act on."""
 
-    @contextmanager
-    def task(self, title: str, total: int, *, unit: str = "it", done: int = 0) -> Iterator[Task]:
+    def task(
+        self, title: str, total: int, *, unit: str = "it", done: int = 0
+    ) -> AbstractContextManager[Task]:
         """Progress over `total` units, of which `done` were there before; ends when the block ends."""
-        yield _SilentTask()
 
 
 class _SilentTask:
@@ -57,6 +57,27 @@ class SilentReporter:
     @contextmanager
     def task(self, title: str, total: int, *, unit: str = "it", done: int = 0) -> Iterator[Task]:
         yield _SilentTask()
+
+
+class OnceReporter:
+    """Passes everything on, each warning once: for stages that look at the same dataset one after another."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._said: set[str] = set()
+
+    def note(self, text: str) -> None:
+        self._reporter.note(text)
+
+    def warning(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._reporter.warning(text)
+
+    def task(
+        self, title: str, total: int, *, unit: str = "it", done: int = 0
+    ) -> AbstractContextManager[Task]:
+        return self._reporter.task(title, total, unit=unit, done=done)
 
 
 class ConsoleReporter:

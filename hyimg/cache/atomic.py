@@ -14,26 +14,36 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from hyimg.config.names import printable
 from hyimg.errors import HyimgError, RunError
 
 TEMPORARY_SUFFIX = ".hyimg-tmp"
 """How a temporary file's name ends; one that a killed run left behind may be removed by anyone."""
+
+# Of the destination's name in the temporary one, which must not be too long where the other is not
+_NAME_CHARS = 32
+# Of one name, in common file systems
+_MAX_NAME_BYTES = 255
 
 
 @contextlib.contextmanager
 def atomic_path(dst: Path | str, *, durable: bool = True) -> Iterator[Path]:
     """A temporary path to write; on leaving, it is flushed and becomes `dst`. On failure it is removed.
 
-    Missing parent folders are made. `durable=False` leaves out the flush to the disk, for files that a
-    checksum guards and that cost little to make again (after a power cut they may be cut short).
+    Missing parent folders are made, and a symbolic link is followed, so that its target is what changes.
+    `durable=False` leaves out the flush to the disk, for files that a checksum guards and that cost little to
+    make again (after a power cut they may be cut short).
 
-    Raises `HyimgError` where the folder cannot be written, `RunError` where the disk is full.
+    Raises `HyimgError` where the folder cannot be written or something that is no file is in the place (a
+    folder, a device, a pipe), `RunError` where the disk is full.
     """
-    dst = Path(dst)
-    temporary = dst.with_name(f".{dst.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    dst = _destination(Path(dst))
+    name = f".{dst.name[:_NAME_CHARS]}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    temporary = dst.with_name(name)
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -43,9 +53,7 @@ def atomic_path(dst: Path | str, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             _flush_folder(dst.parent)
     except OSError as error:
-        if (told := _explain(error, dst)) is None:
-            raise
-        raise told from error
+        raise _explain(error, dst, temporary) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -59,25 +67,69 @@ def atomic_write_bytes(dst: Path | str, data: bytes, *, durable: bool = True) ->
 
 def atomic_write_text(dst: Path | str, text: str, *, durable: bool = True) -> None:
     """Writes `text` (UTF-8, line ends untouched) as the whole file `dst`; raises as `atomic_path`."""
-    atomic_write_bytes(dst, text.encode(), durable=durable)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise HyimgError(
+            f"the text for `{dst}` cannot be written as UTF-8: {printable(str(error))}"
+        ) from error
+    atomic_write_bytes(dst, data, durable=durable)
 
 
 def require_writable_folder(folder: Path | str) -> Path:
-    """Makes `folder` and tries a file in it, so that a run learns before its long work that it cannot save.
+    """Finds out whether files can be written in `folder`, so that a run learns it before its long work.
 
-    Raises `HyimgError` where that fails.
+    Where the folder is not there yet, the one that it would be made in is tried: nothing is left behind.
+    Raises `HyimgError` where files cannot be written.
     """
     folder = Path(folder)
-    trial = folder / f".write-test{TEMPORARY_SUFFIX}"
     try:
+        trial = _first_folder(folder.absolute()) / f".write-test{TEMPORARY_SUFFIX}"
         with atomic_path(trial) as temporary:
             temporary.write_bytes(b"")
+        trial.unlink(missing_ok=True)
     except HyimgError as error:
         reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error.message
         raise type(error)(f"cannot write in the folder `{folder}`: {reason}", hint=error.hint) from error
-    with contextlib.suppress(OSError):
-        trial.unlink(missing_ok=True)
+    except OSError as error:
+        raise HyimgError(
+            f"cannot write in the folder `{folder}`: {error.strerror}", hint="choose another folder"
+        ) from error
+    except ValueError as error:
+        raise HyimgError(f"`{printable(str(folder))}` cannot be the name of a folder") from error
     return folder
+
+
+def _first_folder(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there. Raises OSError where nothing can be made in it."""
+    if any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in path.parts):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    first = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not first.is_dir():
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    return first
+
+
+def _destination(dst: Path) -> Path:
+    """The file to replace: the end of a symbolic link. Refuses what a file must not take the place of."""
+    try:
+        target = Path(os.path.realpath(dst)) if dst.is_symlink() else dst
+        mode = os.stat(target).st_mode
+    except FileNotFoundError:
+        return target
+    except OSError as error:
+        raise _explain(error, dst, dst) from error
+    except ValueError as error:  # a zero byte, or half a surrogate pair that no file system takes
+        raise HyimgError(
+            f"`{printable(str(dst))}` cannot be the name of a file", hint="choose another name"
+        ) from error
+    if stat.S_ISDIR(mode):
+        raise HyimgError(
+            f"cannot write `{dst}`: it is a folder", hint="choose another name, or remove the folder"
+        )
+    if not stat.S_ISREG(mode):
+        raise HyimgError(f"cannot write `{dst}`: it is a device or a pipe", hint="give the name of a file")
+    return target
 
 
 def _flush(path: Path) -> None:
@@ -96,8 +148,8 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _explain(error: OSError, dst: Path) -> HyimgError | None:
-    """The sentence for a failed write, or None where the trouble is of another kind."""
+def _explain(error: OSError, dst: Path, temporary: Path) -> HyimgError:
+    """The sentence for a failed write, or for a file that could not be read meanwhile."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunError(
             f"the disk is full: `{dst.name}` could not be written in `{dst.parent}`",
@@ -113,4 +165,10 @@ def _explain(error: OSError, dst: Path) -> HyimgError | None:
             f"cannot write `{dst}`: something of another kind is in its place ({error.strerror})",
             hint="choose another name, or move what is there",
         )
-    return None
+    if error.errno == errno.ENAMETOOLONG:
+        return HyimgError(f"cannot write `{dst}`: the name is too long", hint="choose a shorter name")
+    reason = error.strerror or str(error)
+    other = error.filename
+    if isinstance(other, str) and other not in (str(dst), str(temporary), str(dst.parent)):
+        return HyimgError(f"`{dst}` was not written, because of `{other}`: {reason}")
+    return HyimgError(f"cannot write `{dst.name}` in `{dst.parent}`: {reason}")

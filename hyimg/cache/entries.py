@@ -120,6 +120,8 @@ class EntryStore:
         """
         path = self.path(key)
         try:
+            if path.is_dir():
+                raise self._damaged(key, "it is a folder", hint="remove the folder, and ")
             data = path.read_bytes()
         except FileNotFoundError as error:
             raise MissingEntryError(
@@ -130,10 +132,17 @@ class EntryStore:
         try:
             return unpack(key, data)
         except ValueError as error:
-            raise DamagedEntryError(
-                f"the {self.kind} cache entry `{path}` is damaged: {error}",
-                hint=f"run `{self.command}`, which makes exactly the damaged and missing entries again",
-            ) from error
+            raise self._damaged(key, str(error)) from error
+
+    def _damaged(self, key: str, reason: str, hint: str = "") -> DamagedEntryError:
+        """The error, once the index no longer says that the entry is right, so that the hint's command acts."""
+        if self._index is not None:
+            # a size that no file has: the index forgets nothing else
+            self._index.remember_checked_entries(self._index_folder, [(key, -1, -1)])
+        return DamagedEntryError(
+            f"the {self.kind} cache entry `{self.path(key)}` is damaged: {reason}",
+            hint=f"{hint}run `{self.command}`, which makes exactly the damaged and missing entries again",
+        )
 
     def is_good(self, key: str) -> bool:
         """Whether an entry is there and its checksum is right; always reads the file."""

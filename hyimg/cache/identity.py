@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat as stat_module
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,7 +84,10 @@ def _folder_identity(folder: Path, memo: Memo | None, progress: Callable[[int], 
 
 def _remembered_hash(path: Path, memo: Memo | None, progress: Callable[[int], None] | None) -> str:
     name = os.path.abspath(path)
-    stat = FileStat.of(os.stat(path))
+    status = os.stat(path)
+    if not stat_module.S_ISREG(status.st_mode):
+        raise HyimgError(f"`{path}` is neither a file nor a folder, but a device or a pipe")
+    stat = FileStat.of(status)
     if memo is not None and (known := memo.content_hash(name, stat)) is not None:
         return known
     sha256 = _read_hash(path, progress)

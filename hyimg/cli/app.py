@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 wrong input, 1 a failed run, 130 after Ctrl-C, 143 after S
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -12,11 +13,15 @@ import typer
 
 from hyimg import __version__
 from hyimg.cli import commands
-from hyimg.cli.flags import CONTEXT_SETTINGS, add_command
+from hyimg.cli.flags import CONTEXT_SETTINGS, TRACEBACK_FLAG, add_command
 from hyimg.config import commands as configs
 from hyimg.errors import HyimgError, did_you_mean
 
-TRACEBACK_FLAG = "--traceback"
+_INTERRUPTED = 130
+_LESS_MEMORY = (
+    "a smaller `batch_size` or `resolution` needs less (rendering: `--image_size`), and so does "
+    "`--gradient_checkpointing` in training; other programs may hold memory of the same device"
+)
 
 app = typer.Typer(
     name="hyimg",
@@ -63,28 +68,71 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs a command line and returns its exit code; errors are printed to stderr."""
-    show_traceback = TRACEBACK_FLAG in arguments
-    arguments = [a for a in arguments if a != TRACEBACK_FLAG]
+    # set by the command that finds the flag among its options
+    asked = {TRACEBACK_FLAG: arguments[:1] == [TRACEBACK_FLAG]}
     try:
-        code: Any = app(arguments, prog_name="hyimg", standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except HyimgError as error:
-        if show_traceback:
+        code: Any = app(
+            arguments[asked[TRACEBACK_FLAG] :], prog_name="hyimg", standalone_mode=False, obj=asked
+        )
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    except BrokenPipeError:
+        _close_stdout()
+        return 1
+    except Exception as error:
+        if asked[TRACEBACK_FLAG]:
             raise
+        return _answer(error)
+    # Typer makes an exit code of Ctrl-C without a word
+    if code == _INTERRUPTED:
+        _complain("interrupted", None)
+    return code if isinstance(code, int) else 0
+
+
+def _answer(error: Exception) -> int:
+    """Says on stderr what went wrong, and gives the exit code."""
+    if isinstance(error, HyimgError):
         _complain(error.message, error.hint)
         return error.exit_code
-    except typer.TyperException as error:
-        if show_traceback:
-            raise
+    if isinstance(error, typer.TyperException):
         # no_args_is_help arrives as an exception whose message is the whole help
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(error.format_message(), err=True)
         else:
             _complain(*_usage(error))
         return 2
-    except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted", None)
-        return 130
+    if _is_out_of_memory(error):
+        first_line = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
+        _complain("out of memory" + (f": {first_line}" if first_line else ""), _LESS_MEMORY)
+        return 1
+    text = str(error).strip()
+    _complain(
+        f"unexpected {type(error).__name__}" + (f": {text}" if text else ""),
+        f"run again with `{TRACEBACK_FLAG}`, and report it",
+    )
+    return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's type by its name, since torch may not be imported; on the CPU it is a plain RuntimeError
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def _close_stdout() -> None:
+    """After the reader of a pipe left: nothing more is written, not even what waits in the buffer."""
+    # Python's own advice (docs of SIGPIPE): otherwise the flush at exit complains
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, sys.stdout.fileno())
+    except (OSError, ValueError):  # a stdout that is no file
+        pass
+    finally:
+        os.close(nowhere)
 
 
 def _usage(error: typer.TyperException) -> tuple[str, str | None]:

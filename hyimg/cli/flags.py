@@ -20,6 +20,8 @@ from hyimg.report import ConsoleReporter
 
 C = TypeVar("C")
 
+TRACEBACK_FLAG = "--traceback"
+
 CONTEXT_SETTINGS = {
     "help_option_names": ["-h", "--help"],
     "token_normalize_func": lambda name: name.replace("_", "-"),
@@ -36,6 +38,9 @@ class StageCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         notes: list[str] = []
         options = [p for p in self.params if isinstance(p, TyperOption)]
+        args, show_traceback = _take_traceback(args, options)
+        if ctx.obj is not None and show_traceback:
+            ctx.obj[TRACEBACK_FLAG] = True
         known = frozenset(
             o.lstrip("-").replace("-", "_") for p in options for o in [*p.opts, *p.secondary_opts]
         )
@@ -44,6 +49,14 @@ class StageCommand(TyperCommand):
         args, ctx.meta["hyimg.off"] = _take_negations(args, options)
         ctx.meta["hyimg.notes"] = notes
         return super().parse_args(ctx, _repeat_flags(args, many))
+
+
+def _take_traceback(args: list[str], options: list[TyperOption]) -> tuple[list[str], bool]:
+    """The words without `--traceback`, where it is not the value of the option before it."""
+    takes_value = {_normal(name) for o in options if not o.is_flag for name in o.opts}
+    pairs = zip(["", *args], args, strict=False)
+    kept = [word for before, word in pairs if word != TRACEBACK_FLAG or _normal(before) in takes_value]
+    return kept, len(kept) < len(args)
 
 
 def _take_negations(args: list[str], options: list[TyperOption]) -> tuple[list[str], list[str]]:

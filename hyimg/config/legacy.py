@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hyimg.config.dataset_flags import DATASET_FLAGS, dataset_toml
 from hyimg.errors import HyimgError
 
 Answer = Literal["accepted", "translated", "refused"]
@@ -43,6 +44,10 @@ def _refused(text: str, *, takes_value: bool = False) -> LegacyFlag:
 _STREAMED = "weights are read straight to where they are used"
 _NOISE = "it belongs to noise-prediction models; HunyuanImage learns a flow"
 _DATASET_FILE = "the dataset is described in a file: write one and give it with `--dataset_config`"
+_FIXED_VIEW = "it cannot be used with cached latents; leave it out"
+_FIXED_TEXT = "it cannot be used with cached text; leave it out"
+_NO_WRAPPER = "schedule-free optimisers are not available yet; use another `--optimizer_type`"
+_RESUMED = "a run that goes on from a saved state knows its epoch and step; leave it out"
 
 LEGACY: Mapping[str, LegacyFlag] = {
     "lowram": _accepted(_STREAMED),
@@ -53,6 +58,8 @@ LEGACY: Mapping[str, LegacyFlag] = {
     "mem_eff_attn": _accepted("torch's attention is memory efficient by itself"),
     "skip_until_initial_step": _accepted("a resumed run goes on at its step by itself"),
     "use_safetensors": _accepted("files are always safetensors"),
+    "sample_sampler": _accepted("samples are rendered with the Euler sampler", takes_value=True),
+    "cache_info": _accepted("image sizes are always remembered"),
     "dynamo_backend": _accepted("it has no effect without `--torch_compile`", takes_value=True),
     "use_8bit_adam": _becomes("optimizer_type", "AdamW8bit"),
     "use_lion_optimizer": _becomes("optimizer_type", "Lion"),
@@ -74,17 +81,26 @@ LEGACY: Mapping[str, LegacyFlag] = {
     "adaptive_noise_scale": _refused(_NOISE, takes_value=True),
     "network_train_text_encoder_only": _refused("text encoders are never trained for this model"),
     "text_encoder_lr": _refused("text encoders are never trained; use `--unet_lr`", takes_value=True),
-    "train_data_dir": _refused(_DATASET_FILE, takes_value=True),
-    "reg_data_dir": _refused(_DATASET_FILE, takes_value=True),
-    "in_json": _refused(_DATASET_FILE, takes_value=True),
-    "resolution": _refused(_DATASET_FILE, takes_value=True),
-    "caption_extension": _refused(_DATASET_FILE, takes_value=True),
-    "shuffle_caption": _refused(_DATASET_FILE),
-    "keep_tokens": _refused(_DATASET_FILE, takes_value=True),
-    "enable_bucket": _refused(_DATASET_FILE),
-    "flip_aug": _refused(_DATASET_FILE),
-    "color_aug": _refused("it cannot be used with cached latents; leave it out"),
-    "random_crop": _refused("it cannot be used with cached latents; leave it out"),
+    "optimizer_schedulefree_wrapper": _refused(_NO_WRAPPER),
+    "schedulefree_wrapper_args": _refused(_NO_WRAPPER, takes_value=True),
+    "save_n_epoch_ratio": _refused(
+        "use `--save_every_n_epochs`, with the number of epochs divided by this one", takes_value=True
+    ),
+    "initial_epoch": _refused(_RESUMED, takes_value=True),
+    "initial_step": _refused(_RESUMED, takes_value=True),
+    **{
+        name: _refused(_DATASET_FILE, takes_value=flag.kind != "switch")
+        for name, flag in DATASET_FLAGS.items()
+    },
+    "color_aug": _refused(_FIXED_VIEW),
+    "random_crop": _refused(_FIXED_VIEW),
+    "face_crop_aug_range": _refused(_FIXED_VIEW, takes_value=True),
+    "token_warmup_min": _refused(_FIXED_TEXT, takes_value=True),
+    "token_warmup_step": _refused(_FIXED_TEXT, takes_value=True),
+    "dataset_class": _refused(
+        "datasets are image folders described in a file; leave it out", takes_value=True
+    ),
+    "debug_dataset": _refused("the caching commands say what they find; leave it out"),
     "deepspeed": _refused("give accelerate a DeepSpeed config instead (`accelerate config`)"),
 }
 
@@ -93,10 +109,13 @@ def translate_arguments(arguments: Sequence[str], known: frozenset[str], notes: 
     """A command line with the reference tool's flags answered.
 
     `known` are the option names that the command has itself (underscores, no dashes in front): those win.
-    Notes are appended to `notes`. Raises one HyimgError for all refused flags.
+    Notes are appended to `notes`. Raises one HyimgError for all refused flags, which shows the dataset file
+    that dataset flags make.
     """
     result: list[str] = []
+    added: list[str] = []
     refused: list[tuple[str, str]] = []
+    dataset: dict[str, Any] = {}
     index = 0
     while index < len(arguments):
         word = arguments[index]
@@ -116,19 +135,39 @@ def translate_arguments(arguments: Sequence[str], known: frozenset[str], notes: 
         ):
             value = arguments[index]
             index += 1
+        if name in DATASET_FLAGS:
+            dataset[name] = value or ""
+            continue
         if flag.answer == "refused":
             refused.append((name, flag.text))
             continue
         notes.append(f"`--{name}` {'has no effect here: ' if flag.answer == 'accepted' else ''}{flag.text}")
         if flag.becomes is not None:
             option, fixed = flag.becomes
-            result += [f"--{option}", fixed if fixed is not None else (value or "")]
+            # behind what was typed, so that it wins: the note says that this is what counts
+            added += [f"--{option}", fixed if fixed is not None else (value or "")]
+    if dataset:
+        lines = [f"`--{name}`: {text}" for name, text in refused]
+        raise HyimgError(
+            "\n  ".join([_dataset_answer([f"--{name}" for name in dataset]), *lines]),
+            hint=_dataset_hint(dataset),
+        )
     if len(refused) == 1:
         raise HyimgError(f"`--{refused[0][0]}` is not for this model", hint=refused[0][1])
     if refused:
         lines = [f"`--{name}`: {text}" for name, text in refused]
         raise HyimgError("\n  ".join(["several flags are not for this model:", *lines]))
-    return result
+    return result + added
+
+
+def _dataset_answer(names: Sequence[str]) -> str:
+    listed = ", ".join(f"`{name}`" for name in names)
+    return f"{listed}: the dataset is described in a file, not by {'an option' if len(names) == 1 else 'options'}"
+
+
+def _dataset_hint(given: Mapping[str, Any]) -> str:
+    lines = ("  " + line if line else "" for line in dataset_toml(given).splitlines())
+    return "\n".join(["save this as `data.toml` and give `--dataset_config data.toml`:", *lines])
 
 
 def translate_mapping(
@@ -136,11 +175,15 @@ def translate_mapping(
 ) -> dict[str, Any]:
     """The keys of a run file with the reference tool's answered, as `translate_arguments` does for flags."""
     result: dict[str, Any] = {}
+    dataset = {key: value for key, value in given.items() if key in DATASET_FLAGS and key not in known}
+    dataset = {key: value for key, value in dataset.items() if value is not False}
+    if dataset:
+        problems.append(f"{_dataset_answer(list(dataset))}; {_dataset_hint(dataset)}")
     for key, value in given.items():
         flag = LEGACY.get(key) if key not in known else None
         if flag is None:
             result[key] = value
-        elif value is False:
+        elif value is False or key in DATASET_FLAGS:
             continue
         elif flag.answer == "refused":
             problems.append(f"`{key}` is not for this model: {flag.text}")

@@ -7,6 +7,7 @@ error, so that a user mends a command line once.
 from __future__ import annotations
 
 import dataclasses
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,12 +16,13 @@ import tomli
 
 from hyimg.config import legacy
 from hyimg.config.option import Option, all_options, groups_of, options_of
+from hyimg.config.values import checked
 from hyimg.errors import HyimgError, did_you_mean
 
 C = TypeVar("C")
 
-_TRUE = {"true", "yes", "on", "1"}
-_FALSE = {"false", "no", "off", "0"}
+# How a run file is named on the command line; one file cannot name another
+_RUN_FILE_KEYS = ("config", "config_file")
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
@@ -29,6 +31,8 @@ def read_run_file(path: Path) -> dict[str, Any]:
     Raises HyimgError where the file is missing, is no TOML, or says one key twice.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise HyimgError(f"the run file `{path}` is a device or a pipe", hint="give the name of a file")
         document = tomli.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise HyimgError(
@@ -37,6 +41,8 @@ def read_run_file(path: Path) -> dict[str, Any]:
         ) from error
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise HyimgError(f"the run file `{path}` is not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise HyimgError(f"the run file `{path}` is nested too deeply") from error
     keys: dict[str, Any] = {}
     _flatten(document, keys, path)
     return keys
@@ -71,14 +77,20 @@ def make(
     if run_file is not None:
         notes = notes if notes is not None else []
         from_file = legacy.translate_mapping(read_run_file(run_file), frozenset(by_name), problems, notes)
+        nested = [key for key in _RUN_FILE_KEYS if from_file.pop(key, None) is not None]
+        problems += [f"`{key}` in `{run_file}`: a run file cannot name another one" for key in nested]
         _collect(from_file, by_name, f" in `{run_file}`", values, problems)
     _collect(given, by_name, "", values, problems)
+
+    if notes is not None:
+        typed = {by_name[key].name for key, value in given.items() if value is not None and key in by_name}
+        notes += [f"{opt.label}: {opt.traits.note}" for opt in all_options(config) if _is_noted(opt, typed)]
 
     resolved: dict[str, Any] = {}
     for opt in all_options(config):
         if opt.name in values:
             raw, place = values[opt.name]
-            resolved[opt.name] = _checked(opt, raw, place, problems)
+            resolved[opt.name] = checked(opt, raw, place, problems)
         else:
             resolved[opt.name] = opt.default
     required = getattr(config, "REQUIRED", ())
@@ -110,9 +122,23 @@ def check_inputs(config: Any) -> None:
     for opt in all_options(type(config)):
         if opt.traits.is_input and values[opt.name] is not None:
             paths = values[opt.name] if opt.many else (values[opt.name],)
-            missing += [f"{opt.label}: there is no file `{path}`" for path in paths if not path.exists()]
+            found = [(path, _input_problem(path)) for path in paths]
+            missing += [f"{opt.label}: {text}" for path, text in found if text is not None]
     if missing:
         raise _all_problems(missing)
+
+
+def _input_problem(path: Path) -> str | None:
+    """Why a path cannot be read as a file or a folder, or None where it can be tried."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return f"there is no file `{path}`"
+    except OSError as error:
+        return f"`{path}` cannot be read: {error.strerror}"
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        return f"`{path}` is a device or a pipe, not a file"
+    return None
 
 
 def select(config: type[C], source: Any) -> C:
@@ -128,6 +154,10 @@ def _names(config: type) -> dict[str, Option]:
             assert name not in names, f"`{name}` is declared twice for {config.__name__}"
             names[name] = opt
     return names
+
+
+def _is_noted(opt: Option, typed: set[str]) -> bool:
+    return opt.traits.note is not None and opt.name in typed
 
 
 def _collect(
@@ -146,104 +176,6 @@ def _collect(
             problems.append(f"unknown key `{key}`{place}" + (f"; {hint}" if hint else ""))
         else:
             values[opt.name] = (raw, place)
-
-
-def _checked(opt: Option, raw: Any, place: str, problems: list[str]) -> Any:
-    """The value in its declared type, or the default after noting what is wrong."""
-    try:
-        if opt.many:
-            items = raw if isinstance(raw, (list, tuple)) else [raw]
-            if opt.traits.count is not None and items and len(items) % opt.traits.count == 0:
-                items = items[-opt.traits.count :]  # of a repeated flag the last counts
-            if opt.traits.count is not None and len(items) != opt.traits.count:
-                raise ValueError(f"takes {opt.traits.count} values, got {len(items)}")
-            value: Any = tuple(_scalar(opt, item) for item in items)
-        elif isinstance(raw, (list, tuple)):
-            raise ValueError(f"takes one value, got {len(raw)}")
-        else:
-            value = _scalar(opt, raw)
-    except ValueError as error:
-        problems.append(f"{opt.label}{place} {error}")
-        return opt.default
-    if opt.traits.later is not None and value != opt.default and value not in opt.traits.available:
-        problems.append(f"{opt.label}{place} is not available yet: {opt.traits.later}")
-    if not opt.many and value in opt.traits.refused:
-        problems.append(f"{opt.label}{place} cannot be `{value}`: {opt.traits.refused[value]}")
-    return value
-
-
-def _scalar(opt: Option, raw: Any) -> Any:
-    value = _convert(opt, raw)
-    _check_bounds(opt, value)
-    return value
-
-
-def _convert(opt: Option, raw: Any) -> Any:
-    if opt.kind == "bool":
-        if isinstance(raw, bool):
-            return raw
-        word = str(raw).lower()
-        if word not in _TRUE | _FALSE:
-            raise ValueError(f"must be true or false, got `{raw}`")
-        return word in _TRUE
-    if isinstance(raw, bool):
-        raise ValueError(f"must be {_article(opt)}, got `{str(raw).lower()}`")
-    if opt.kind == "int":
-        try:
-            # 1e4 and 100.0 are whole numbers too, as the reference tool's users write them
-            number = float(raw) if isinstance(raw, float) or "e" in str(raw).lower() else int(raw)
-            if number != int(number):
-                raise ValueError
-            return int(number)
-        except (ValueError, TypeError, OverflowError):
-            raise ValueError(f"must be a whole number, got `{raw}`") from None
-    if opt.kind == "float":
-        try:
-            number = float(raw)
-        except (ValueError, TypeError):
-            raise ValueError(f"must be a number, got `{raw}`") from None
-        if number != number or number in (float("inf"), float("-inf")):
-            raise ValueError(f"must be a finite number, got `{raw}`")
-        return number
-    if opt.kind == "path":
-        if not str(raw):
-            raise ValueError("must be a path, got nothing")
-        return Path(str(raw)).expanduser()
-    if not isinstance(raw, str):
-        raise ValueError(f"must be text, got `{raw}`")
-    return opt.traits.synonyms.get(raw, raw)
-
-
-def _article(opt: Option) -> str:
-    return {
-        "int": "a whole number",
-        "float": "a number",
-        "path": "a path",
-        "str": "text",
-        "bool": "true or false",
-    }[opt.kind]
-
-
-def _check_bounds(opt: Option, value: Any) -> None:
-    traits = opt.traits
-    if traits.choices and value not in traits.choices:
-        hint = did_you_mean(str(value), traits.choices)
-        raise ValueError(
-            f"must be one of {', '.join(f'`{c}`' for c in traits.choices)}, got `{value}`"
-            + (f"; {hint}" if hint else "")
-        )
-    if traits.minimum is not None and (
-        value < traits.minimum or (traits.exclusive_minimum and value == traits.minimum)
-    ):
-        raise ValueError(
-            f"must be {'above' if traits.exclusive_minimum else 'at least'} {traits.minimum:g}, got {value:g}"
-        )
-    if traits.maximum is not None and value > traits.maximum:
-        raise ValueError(f"must be at most {traits.maximum:g}, got {value:g}")
-    if traits.multiple_of is not None and value % traits.multiple_of:
-        lower = value - value % traits.multiple_of
-        around = f"{lower} or {lower + traits.multiple_of}" if lower else f"{traits.multiple_of}"
-        raise ValueError(f"must be a multiple of {traits.multiple_of}, got {value} (nearest: {around})")
 
 
 def _all_problems(problems: list[str]) -> HyimgError:

@@ -9,12 +9,21 @@ from hyimg.config.option import option
 
 _TRAINING = "leave it out for now"
 
+MAX_RANK = 4096
+"""The power of two above the model's width; the rank of a product cannot exceed the narrower side."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkShape:
     """Network."""
 
-    network_dim: int = option(4, minimum=1, help="rank of the adapters")
+    network_dim: int = option(
+        4,
+        minimum=1,
+        maximum=MAX_RANK,
+        bound_reason="the layers are 3584 wide, so that a higher rank can express nothing more",
+        help="rank of the adapters",
+    )
     network_alpha: float = option(
         1.0, minimum=0, exclusive_minimum=True, help="alpha; the update is scaled by alpha/rank"
     )
@@ -37,7 +46,12 @@ class NetworkTraining:
     network_dropout: float = option(
         0.0, minimum=0, maximum=1, help="dropout of the adapters", later=_TRAINING
     )
-    network_train_unet_only: bool = option(True, help="always so: the text encoders are never trained")
+    network_train_unet_only: bool = option(
+        True,
+        refused={False: "the text encoders are never trained for this model; leave the option out"},
+        note="it is always so: the text encoders are never trained for this model",
+        help="always so: the text encoders are never trained",
+    )
     network_weights: Path | None = option(
         None, is_input=True, help="LoRA file to start from, in any format that hyimg reads"
     )

@@ -20,6 +20,9 @@ from typing import Any, Literal
 
 _METADATA_KEY = "hyimg"
 
+MAX_SEED = 2**64 - 1
+"""What torch's generators take."""
+
 Kind = Literal["bool", "int", "float", "str", "path"]
 _KINDS: Mapping[type, Kind] = {bool: "bool", int: "int", float: "float", str: "str", Path: "path"}
 
@@ -40,8 +43,11 @@ class Traits:
     synonyms: Mapping[str, str] = dataclasses.field(default_factory=dict)
     later: str | None = None
     available: tuple[Any, ...] = ()
-    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refused: Mapping[Any, str] = dataclasses.field(default_factory=dict)
     is_input: bool = False
+    is_name: bool = False
+    bound_reason: str | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +93,11 @@ def option(
     synonyms: Mapping[str, str] | None = None,
     later: str | None = None,
     available: tuple[Any, ...] = (),
-    refused: Mapping[str, str] | None = None,
+    refused: Mapping[Any, str] | None = None,
     is_input: bool = False,
+    is_name: bool = False,
+    bound_reason: str | None = None,
+    note: str | None = None,
 ) -> Any:
     """Declares an option inside a group.
 
@@ -97,7 +106,9 @@ def option(
     inclusive unless `exclusive_minimum`. `count` fixes how many values a tuple takes. `argument` makes it a
     positional argument. `synonyms` maps other spellings of a value to the one that is kept. `later` is the
     reason why a value other than the default (and those in `available`) is refused for now; `refused` maps
-    values that never will be to the reason. `is_input` says that the path must be there to be read.
+    values that never will be to the reason. `is_input` says that the path must be there to be read, `is_name`
+    that the text becomes part of a file's name (`hyimg.config.names`). `bound_reason` says why there is a
+    maximum, and `note` is told to whoever types the flag.
     """
     traits = Traits(
         help=help,
@@ -114,6 +125,9 @@ def option(
         available=available,
         refused=refused or {},
         is_input=is_input,
+        is_name=is_name,
+        bound_reason=bound_reason,
+        note=note,
     )
     return dataclasses.field(default=default, metadata={_METADATA_KEY: traits})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyimg.config.option import option
+from hyimg.config.option import MAX_SEED, option
 
 _RENDERING = "leave it out for now"
 
@@ -50,7 +50,9 @@ class Sampling:
     flow_shift: float | None = option(
         None, minimum=0, exclusive_minimum=True, help="shift of the schedule (not given: 5, distilled 4)"
     )
-    seed: int | None = option(None, minimum=0, help="seed of the noise (not given: drawn, and recorded)")
+    seed: int | None = option(
+        None, minimum=0, maximum=MAX_SEED, help="seed of the noise (not given: drawn, and recorded)"
+    )
     sampler: str = option("euler", help="sampler: euler, heun, dpm++2m, or a plugin's name")
     sampler_args: tuple[str, ...] = option((), help='arguments of a plugin\'s sampler: `"name=value"`')
     apg_start_step_general: int = option(5, minimum=0, help="step after which APG takes over from CFG")

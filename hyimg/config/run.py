@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyimg.config.option import option
+from hyimg.config.option import MAX_SEED, option
 
 _TRAINING = "leave it out for now"
 
@@ -21,7 +21,9 @@ class Duration:
     train_batch_size: int | None = option(
         None, minimum=1, help="batch size where the dataset file does not give one (not given: 1)"
     )
-    seed: int | None = option(None, minimum=0, help="seed of all randomness (not given: drawn, and recorded)")
+    seed: int | None = option(
+        None, minimum=0, maximum=MAX_SEED, help="seed of all randomness (not given: drawn, and recorded)"
+    )
     num_processes: int = option(1, minimum=1, help="processes, one a device", later=_TRAINING)
 
 
@@ -30,7 +32,7 @@ class Saving:
     """Saving."""
 
     output_dir: Path | None = option(None, help="run folder")
-    output_name: str = option("lora", help="name of the files in it")
+    output_name: str = option("lora", is_name=True, help="name of the files in it")
     overwrite: bool = option(False, help="replace an earlier run of that name")
     save_model_as: str = option(
         "safetensors",
@@ -83,8 +85,8 @@ class Logging:
         later="use tensorboard",
         available=("tensorboard",),
     )
-    log_prefix: str = option("", help="prefix of the tracker's run folder")
-    log_tracker_name: str = option("hyimg", help="name of the tracker's project")
+    log_prefix: str = option("", is_name=True, help="prefix of the tracker's run folder")
+    log_tracker_name: str = option("hyimg", is_name=True, help="name of the tracker's project")
     wandb_run_name: str | None = option(None, help="name of the W&B run", later=_TRAINING)
     log_config: bool = option(False, help="give the tracker the resolved options")
     output_config: bool = option(

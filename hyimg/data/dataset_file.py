@@ -23,7 +23,9 @@ from hyimg.data.dataset import Dataset, DatasetFile, Subset
 from hyimg.data.dataset_keys import KEYS, Level
 from hyimg.errors import HyimgError, nearest
 
+_SHOWN_CHARS = 200
 _NO_DEFAULTS: Mapping[str, object] = MappingProxyType({})
+_OUTER_PLACES = ("[general]", "the command line")
 _FOLDER_ONLY = ("is_reg", "class_tokens", "caption_extension")
 
 
@@ -63,12 +65,16 @@ def _read_document(path: Path) -> object:
             return json.loads(text)
         except ValueError as error:
             raise HyimgError(f"`{path}` is not valid JSON: {error}") from error
+        except RecursionError as error:
+            raise HyimgError(f"`{path}` is nested too deeply") from error
     import tomli
 
     try:
         return tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         raise HyimgError(f"`{path}` is not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise HyimgError(f"`{path}` is nested too deeply") from error
 
 
 def _all_problems(path: Path, problems: list[str]) -> HyimgError:
@@ -78,6 +84,24 @@ def _all_problems(path: Path, problems: list[str]) -> HyimgError:
     return HyimgError(f"`{path}` has {len(problems)} problems:{listing}")
 
 
+def _is_there(path: Path) -> bool:
+    """Whether a path leads to something; raises OSError for a name too long and for links in a circle."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _shown(value: object) -> str:
+    """A value as JSON, cut where it is long."""
+    try:
+        text = json.dumps(value, default=str)
+    except ValueError:
+        return "a number of very many digits"
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
+
+
 class _Reader:
     """Walks a document, keeping every problem and note that it meets."""
 
@@ -85,14 +109,15 @@ class _Reader:
         self.folder = folder
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.unread: set[tuple[str, str]] = set()  # (place, key) of values that are wrong, not missing
 
     def read(self, document: object, defaults: Mapping[str, object]) -> list[Dataset]:
         if not isinstance(document, dict):
             self.problems.append("the top level must be tables `general` and `datasets`")
             return []
         self._refuse_unknown(document, ("general", "datasets"), "the top level")
-        general = self._values(document.get("general", {}), "dataset", "[general]", "datasets")
-        outer = {**self._values(defaults, "dataset", "the command line", ""), **general}
+        general = self._values(document.get("general", {}), "dataset", _OUTER_PLACES[0], "datasets")
+        outer = {**self._values(defaults, "dataset", _OUTER_PLACES[1], ""), **general}
         tables = self._tables(document, "datasets", "the file")
         read = [self._dataset(table, f"[[datasets]] {n}", outer) for n, table in enumerate(tables, 1)]
         return [dataset for dataset in read if dataset is not None]
@@ -103,7 +128,8 @@ class _Reader:
         tables = self._tables(table, "subsets", place) if isinstance(table, dict) else []
         subsets = [self._subset(sub, f"{place}, subset {n}", values) for n, sub in enumerate(tables, 1)]
         if "resolution" not in values:
-            self.problems.append(f"{place}: `resolution` is missing")
+            if not {(where, "resolution") for where in (place, *_OUTER_PLACES)} & self.unread:
+                self.problems.append(f"{place}: `resolution` is missing")
             return None
         bucket_sizes = self._bucket_sizes(values, place)
         return Dataset(
@@ -165,9 +191,14 @@ class _Reader:
 
     def _path(self, typed: str, name: str, place: str) -> Path:
         """The absolute path of a file or folder that must be there."""
-        given = Path(typed).expanduser()
-        candidates = [given.absolute(), (self.folder / given).absolute()]
-        found = next((path for path in candidates if path.exists()), None)
+        try:
+            given = Path(typed).expanduser()
+            candidates = [given.absolute(), (self.folder / given).absolute()]
+            found = next((path for path in candidates if _is_there(path)), None)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            self.problems.append(f"{place}: `{name}` {_shown(typed)} cannot be read: {reason}")
+            return Path(typed)
         if found is None:
             looked = " and ".join(f"`{folder}`" for folder in dict.fromkeys([Path.cwd(), self.folder]))
             where = "" if given.is_absolute() else f" (looked for in {looked})"
@@ -175,6 +206,8 @@ class _Reader:
             return candidates[0]
         if found.is_dir() == (name == "metadata_file"):
             self.problems.append(f"{place}: `{name}` `{typed}` is a {'folder' if found.is_dir() else 'file'}")
+        elif name == "metadata_file" and not found.is_file():
+            self.problems.append(f"{place}: `{name}` `{typed}` is a device or a pipe")
         return found
 
     def _without_duplicates(self, subsets: Iterable[Subset | None], place: str) -> list[Subset]:
@@ -207,7 +240,8 @@ class _Reader:
             try:
                 value = key.parse(own[name])
             except ValueError as error:
-                self.problems.append(f"{place}: `{name}` {error}, not {json.dumps(own[name], default=str)}")
+                self.problems.append(f"{place}: `{name}` {error}, not {_shown(own[name])}")
+                self.unread.add((place, name))
                 continue
             if key.refusal is not None and value != key.default:
                 self.problems.append(f"{place}: `{name}` cannot be used: {key.refusal}")

@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from hyimg.data.buckets import SIZE_MULTIPLE
 from hyimg.errors import nearest
 
 Level = Literal["dataset", "subset"]
 """The table that a key is about. It may stand in an outer table too, unless `inherited` is false."""
+
+MAX_SIDE = 16384
+"""Pixels; well beyond what the model was trained on, and short of sizes that only a slip of the hand makes."""
 
 RESIZE_FILTERS = {
     "lanczos": "lanczos",
@@ -63,10 +66,12 @@ def _some_text(value: object) -> str:
     return value
 
 
-def _integer(minimum: int) -> Callable[[object], int]:
+def _integer(minimum: int, maximum: int | None = None) -> Callable[[object], int]:
     def parse(value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ValueError(f"must be a whole number of at least {minimum}")
+        if maximum is not None and value > maximum:
+            raise ValueError(f"must be at most {maximum}")
         return value
 
     return parse
@@ -74,7 +79,7 @@ def _integer(minimum: int) -> Callable[[object], int]:
 
 def _number(low: float, high: float) -> Callable[[object], float]:
     def parse(value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        if not _is_finite(value) or not low <= value <= high:
             upto = f"between {low:g} and {high:g}" if math.isfinite(high) else f"of at least {low:g}"
             raise ValueError(f"must be a number {upto}")
         return float(value)
@@ -83,9 +88,23 @@ def _number(low: float, high: float) -> Callable[[object], float]:
 
 
 def _finite(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError("must be a number")
+    if not _is_finite(value):
+        raise ValueError("must be a finite number")
     return float(value)
+
+
+def _multiplier(value: object) -> float:
+    number = _finite(value)
+    if number == 0:
+        raise ValueError("must not be 0, which trains nothing")
+    return number
+
+
+def _is_finite(value: object) -> TypeGuard[int | float]:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _below_one(value: object) -> float:
@@ -104,7 +123,7 @@ def _resolution(value: object) -> tuple[int, int]:
 
 
 def _multiple(value: object) -> int:
-    side = _integer(1)(value)
+    side = _integer(1, MAX_SIDE)(value)
     if side % SIZE_MULTIPLE:
         below = side // SIZE_MULTIPLE * SIZE_MULTIPLE
         near = f"{below} or {below + SIZE_MULTIPLE}" if below else f"{SIZE_MULTIPLE}"
@@ -141,11 +160,11 @@ _DATASET_KEYS = [
     Key("resolution", "dataset", _resolution, "a side, or [width, height]; multiples of 32"),
     Key("batch_size", "dataset", _integer(1), "images a batch, all of one bucket", 1),
     Key("enable_bucket", "dataset", _flag, "keep aspect ratios, by sizes of about the same area", False),
-    Key("min_bucket_reso", "dataset", _integer(1), "shortest side (256, or half the resolution)"),
-    Key("max_bucket_reso", "dataset", _integer(1), "longest side (1024, or the resolution)"),
+    Key("min_bucket_reso", "dataset", _integer(1, MAX_SIDE), "shortest side (256, or half the resolution)"),
+    Key("max_bucket_reso", "dataset", _integer(1, MAX_SIDE), "longest side (1024, or the resolution)"),
     Key("bucket_reso_steps", "dataset", _multiple, "step of bucket sizes; a multiple of 32", 32),
     Key("bucket_no_upscale", "dataset", _flag, "buckets follow the images, none is enlarged", False),
-    Key("network_multiplier", "dataset", _finite, "strength of the LoRA while training on this dataset", 1.0),
+    Key("network_multiplier", "dataset", _multiplier, "strength of the LoRA while training on this dataset", 1.0),
     Key("prior_loss_weight", "dataset", _number(0, math.inf), "loss weight of regularisation images", 1.0),
 ]  # fmt: skip
 

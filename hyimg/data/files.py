@@ -10,10 +10,13 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hyimg.config.names import printable
 from hyimg.data.captions import caption_from_metadata, read_caption_file
 from hyimg.data.dataset import Subset
 from hyimg.data.images import IMAGE_SUFFIXES
 from hyimg.errors import HyimgError
+
+_MOST_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,9 @@ def _metadata_captions(subset: Subset, findings: Findings) -> dict[Path, str]:
     source = subset.source
     try:
         entries = _read_metadata(source)
-    except (OSError, ValueError) as error:
-        findings.problems.append(f"cannot read `{source}`: {error}")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        findings.problems.append(f"cannot read `{source}`: {reason}")
         return {}
     if not entries:
         findings.problems.append(f"`{source}` names no image")
@@ -137,9 +141,25 @@ def _names(folder: Path) -> set[str]:
     """The names of the files in a folder; hidden ones, which systems and editors leave, are none."""
     try:
         with os.scandir(folder) as found:
-            return {entry.name for entry in found if not entry.name.startswith(".") and entry.is_file()}
+            names = {entry.name for entry in found if not entry.name.startswith(".") and _is_file(entry)}
     except OSError as error:
         raise HyimgError(f"cannot read the folder `{folder}`: {error.strerror}") from error
+    unreadable = sorted(name for name in names if _is_image(name) and printable(name) != name)
+    if unreadable:
+        listed = ", ".join(f"`{printable(name)}`" for name in unreadable[:_MOST_LISTED])
+        more = f" and {len(unreadable) - _MOST_LISTED} more" if len(unreadable) > _MOST_LISTED else ""
+        raise HyimgError(
+            f"`{folder}` holds images whose names are not UTF-8: {listed}{more}", hint="rename them"
+        )
+    return names
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or a link that leads nowhere, which is an error by its name once it is read."""
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:  # links in a circle
+        return True
 
 
 def _is_image(name: str) -> bool:

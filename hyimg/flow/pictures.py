@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from hyimg.cache.atomic import atomic_path
+from hyimg.errors import RunError
 from hyimg.model.vae import VAE
 
 METADATA_KEY = "hyimg"
@@ -36,9 +37,17 @@ _CJK_FONTS = (
 
 @torch.no_grad()
 def decode_image(vae: VAE, latent_BCHW: Tensor) -> Image.Image:
-    """The picture of a scaled latent of batch 1; values outside of -1..1 are clipped here and nowhere before."""
+    """The picture of a scaled latent of batch 1; values outside of -1..1 are clipped here and nowhere before.
+
+    Raises RunError for a picture with NaN or infinity, which would be saved as if it were black.
+    """
     weight = next(vae.parameters())
     image_CHW = vae.decode(latent_BCHW.to(weight.device, weight.dtype))[0].float().cpu()
+    if not torch.isfinite(image_CHW).all():
+        raise RunError(
+            f"the decoded image is not finite (NaN or infinity); the VAE computed in {weight.dtype}",
+            hint="give `--mixed_precision no`, or lower `--lora_multiplier` or `--guidance_scale`",
+        )
     levels_HWC = ((image_CHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(levels_HWC.numpy()))
 
@@ -95,6 +104,7 @@ def _tile(image: Image.Image) -> Image.Image:
 
 
 def _label(draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str, width: int) -> None:
+    text = " ".join(text.split())  # Pillow measures and draws single lines only
     font = label_font(text)
     if draw.textlength(text, font=font) > width:
         while text and draw.textlength(text + "…", font=font) > width:

@@ -95,7 +95,7 @@ class PromptFields:
                 if hint := did_you_mean(key, KEYS):
                     self.complain(f"unknown key `{key}`", hint)
                 self.values["extra"][key] = value
-        if "prompt" not in table:
+        if table.get("prompt") is None:
             self.complain("it has no `prompt`")
 
     def take(self, name: str, value: Any, said: str) -> None:
@@ -122,11 +122,18 @@ def _number(text: str) -> int | float | str:
         return text
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the floats
+        return False
+
+
 def _wrong(name: str, value: object) -> tuple[str, str | None] | None:
     """What is wrong with a field's value, and the way out; None where it is right."""
     if name in _TEXT_FIELDS:
         return None if isinstance(value, str) else ("is not text", None)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
         return "is not a number", None
     if name in _FRACTION_FIELDS:
         if value < 0 or (value == 0 and name == "flow_shift"):

@@ -91,7 +91,8 @@ def parse_prompt_line(line: str, *, place: str = "prompt") -> PromptSpec:
     """Read one prompt line; `place` is how an error calls it.
 
     A flag is two dashes with a letter behind and white space in front; other dashes are text. Flags may be
-    upper case and come in any order; of a repeated one the last counts. Steps are brought into 1..1000.
+    upper case and come in any order; of a repeated one the last counts. Steps are brought into 1..1000, so
+    that `--s 0` means one step, as in the reference.
     Raises HyimgError, naming place and flag, for an unknown flag or a bad value.
     """
     return _read_all([(place, line)])[0]
@@ -172,7 +173,9 @@ def _toml_entries(text: str, path: Path) -> list[tuple[str, object]]:
 
     try:
         common = tomli.loads(text).get("prompt")
-    except tomli.TOMLDecodeError as error:
+    except RecursionError:
+        raise _too_deep(path) from None
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
         raise HyimgError(f"prompt file `{path}` is not TOML: {error}") from None
     if isinstance(common, dict):
         subsets = common.pop("subset", [{}])
@@ -190,8 +193,17 @@ def _json_entries(text: str, path: Path) -> list[tuple[str, object]]:
 
     try:
         prompts = json.loads(text)
-    except json.JSONDecodeError as error:
+    except RecursionError:
+        raise _too_deep(path) from None
+    except ValueError as error:  # JSONDecodeError, or a number of thousands of digits
         raise HyimgError(f"prompt file `{path}` is not JSON: {error}") from None
     if not isinstance(prompts, list):
         raise HyimgError(f"prompt file `{path}` is not a list of prompts")
     return [(f"`{path}` prompt {number}", prompt) for number, prompt in enumerate(prompts, start=1)]
+
+
+def _too_deep(path: Path) -> HyimgError:
+    return HyimgError(
+        f"prompt file `{path}` is nested too deeply",
+        hint="a prompt is a line, or one table of keys and values",
+    )

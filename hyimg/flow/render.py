@@ -15,9 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hyimg.errors import RunError
 from hyimg.flow.guidance import Guidance, GuidanceSettings
 from hyimg.flow.noise import initial_noise
-from hyimg.flow.samplers import Callback, Sampler, euler
+from hyimg.flow.samplers import Callback, Sampler, euler, run_sampler
 from hyimg.flow.schedule import inference_sigmas, timesteps
 from hyimg.flow.sizes import SIZE_MULTIPLE, check_size
 from hyimg.model.architecture import DiTArch
@@ -122,6 +123,7 @@ def render_latent(
     guidance: GuidanceSettings,
     has_quoted_text: bool = False,
     sampler: Sampler = euler,
+    sampler_name: str = "euler",
     sampler_args: Mapping[str, object] = MappingProxyType({}),
     batch_cond_uncond: bool = False,
     callback: Callback | None = None,
@@ -136,11 +138,13 @@ def render_latent(
         seed: the initial noise; drawn on the CPU, so alike on every device.
         guidance: for a distilled model only `guidance_scale` is used.
         has_quoted_text: whether the prompt holds text to write, which postpones APG.
+        sampler, sampler_name, sampler_args: the sampler, what an error calls it, and its keyword arguments.
         batch_cond_uncond: one model call with both embeddings in place of two calls: faster, more memory, and
             equal within the tolerance of another batch size only.
         callback: `(step, x, estimate)` after every step; what it raises ends the rendering.
 
-    Raises HyimgError for a size, step number or shift that cannot be rendered.
+    Raises HyimgError for a size, step number or shift that cannot be rendered, and RunError for a sampler that
+    fails and for a latent that is not finite.
     """
     check_size(height, "height")
     check_size(width, "width")
@@ -155,7 +159,13 @@ def render_latent(
     )
     shape = (1, dit.arch.latent_channels, height // SIZE_MULTIPLE, width // SIZE_MULTIPLE)
     noise_BCHW = initial_noise(shape, seed).to(condition.text_BTD.device)
-    return sampler(denoise, noise_BCHW, sigmas, callback, **sampler_args)
+    latent_BCHW = run_sampler(sampler, sampler_name, denoise, noise_BCHW, sigmas, callback, sampler_args)
+    if not torch.isfinite(latent_BCHW).all():
+        raise RunError(
+            f"the latent is not finite (NaN or infinity) after {steps} steps of the sampler `{sampler_name}`",
+            hint="leave the LoRA out or lower its `--lora_multiplier`, or lower `--guidance_scale`",
+        )
+    return latent_BCHW
 
 
 def _join(condition: TextCondition, uncond: TextCondition) -> TextCondition:

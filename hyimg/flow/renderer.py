@@ -6,7 +6,7 @@ Shapes: C latent channels, T text tokens, S glyph tokens, E byT5 width
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from hyimg.lora.network import LoRANetwork
 from hyimg.model.architecture import DiTArch
 from hyimg.model.conditioning import TextCondition, collate
 from hyimg.model.dit import DiT
+from hyimg.model.keys import linear_modules
 from hyimg.plugins import Plugins, bind_arguments, parse_arguments
+from hyimg.report import Reporter
 
 # (text_TD, byt5_SE or None) of a prompt, as the encoders or the text cache give it
 PromptStates = tuple[Tensor, Tensor | None]
@@ -49,13 +51,22 @@ def render_defaults(options: Sampling, arch: DiTArch) -> RenderDefaults:
     )
 
 
+def decide(prompts: Sequence[PromptSpec], defaults: RenderDefaults, plugins: Plugins) -> list[RenderSpec]:
+    """The prompts completed, with samplers named as their plugins spell them; HyimgError for an unknown one."""
+    specs = [prompt.resolve(defaults) for prompt in prompts]
+    return [replace(spec, sampler=plugins.canonical("samplers", spec.sampler)) for spec in specs]
+
+
 def resolve_samplers(
     plugins: Plugins, names: Sequence[str], pairs: Sequence[str], arch: DiTArch
 ) -> dict[str, Callable[..., Tensor]]:
-    """The samplers of those names with `--sampler_args` checked; raises HyimgError before any weight is read."""
+    """The samplers of those names, by their canonical names, with `--sampler_args` checked.
+
+    Raises HyimgError before any weight is read.
+    """
     arguments = parse_arguments(pairs, "--sampler_args")
     samplers = {}
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(plugins.canonical("samplers", name) for name in names):
         check_sampler(name, meanflow=arch.meanflow)
         samplers[name] = plugins.resolve("samplers", name)
         bind_arguments(samplers[name], arguments, option="--sampler_args", name=name)
@@ -66,7 +77,7 @@ def resolve_samplers(
 class Renderer:
     """A DiT with everything that its renders have in common.
 
-    `samplers` maps the names that prompts may use to functions; `states` maps every prompt and negative
+    `samplers` maps the canonical names that specs carry to functions; `states` maps every prompt and negative
     prompt to its encoder states, on the CPU.
     """
 
@@ -98,6 +109,7 @@ class Renderer:
             guidance=guidance,
             has_quoted_text=self.has_quoted_text(spec.prompt),
             sampler=self.samplers[spec.sampler],
+            sampler_name=spec.sampler,
             sampler_args=parse_arguments(self.options.sampler_args, "--sampler_args"),
             callback=callback,
         )
@@ -127,22 +139,47 @@ def lora_multipliers(paths: Sequence[Path], multipliers: Sequence[float]) -> lis
 
 
 @torch.no_grad()
-def attach_lora(dit: DiT, path: Path, multiplier: float) -> LoRANetwork:
-    """Lets a LoRA file act on a DiT beside its weights; `detach` on what is returned takes it off again."""
-    network = LoRANetwork.from_file(path, dit).to(dit.device)
-    network.requires_grad_(False)
+def attach_lora(dit: DiT, path: Path, multiplier: float, report: Reporter) -> LoRANetwork:
+    """Lets a LoRA file act on a DiT beside its weights; `detach` on what is returned takes it off again.
+
+    Raises HyimgError for a file that does not fit, or whose weights are not finite.
+    """
+    network = LoRANetwork.from_file(path, dit)
+    for name, tensor in network.state().items():
+        if not torch.isfinite(tensor).all():
+            raise HyimgError(
+                f"the LoRA file `{path}` holds NaN or infinity, in `{name}`",
+                hint="its training went astray: take a file that was saved earlier",
+            )
+    network.to(dit.device).requires_grad_(False)
     network.set_multiplier(multiplier)
     network.attach(dit)
+    report.note(
+        f"LoRA {path}: {len(network.plan)} of {len(linear_modules(dit.arch))} modules, multiplier {multiplier:g}"
+    )
     return network
 
 
 def check_loras(paths: Sequence[Path], arch: DiTArch) -> None:
-    """Reads the headers of LoRA files; raises HyimgError for one that is damaged or of a model of another width."""
+    """Reads the headers of LoRA files.
+
+    Raises HyimgError for one that is damaged, of a model of another width, or with modules that the DiT lacks.
+    """
+    known = {module.name for module in linear_modules(arch)}
     for path in paths:
-        hidden = LoRAContents.open(path).hidden
+        contents = LoRAContents.open(path)
+        hidden = contents.hidden
         if hidden != arch.hidden:
             raise HyimgError(
                 f"`{path}` is a LoRA for a model of width {hidden}, and the DiT's is {arch.hidden}",
+                hint="give a LoRA that was trained on this model",
+            )
+        strange = [module.name for module in contents.modules if module.name not in known]
+        if strange:
+            more = f" and {len(strange) - 1} more like it" if len(strange) > 1 else ""
+            raise HyimgError(
+                f"`{path}` is a LoRA for a deeper model: it adapts `{strange[0]}`{more}, which the DiT has not "
+                f"({arch.num_double} double and {arch.num_single} single blocks)",
                 hint="give a LoRA that was trained on this model",
             )
 

@@ -8,12 +8,14 @@ calls `callback(step, x, estimate)` after every step. Plugins write functions of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
-from hyimg.errors import HyimgError
+from hyimg.errors import HyimgError, RunError
+from hyimg.plugins import describe
 
 # Shapes: B batch, C latent channels, H W latent height and width
 
@@ -87,7 +89,7 @@ def _half_log_snr(sigma: float) -> float:
 
 
 def check_sampler(name: str, *, meanflow: bool) -> None:
-    """Refuse the samplers that cannot follow a distilled model.
+    """Refuse the samplers that cannot follow a distilled model; `name` as `Plugins.canonical` gives it.
 
     A distilled model answers with the mean velocity over a whole step, for which a straight step is exact and
     any correction by a second velocity wrong. Plugins' samplers are trusted to know.
@@ -97,3 +99,55 @@ def check_sampler(name: str, *, meanflow: bool) -> None:
             f"sampler `{name}` cannot render with a distilled checkpoint, which predicts whole steps",
             hint="use `--sampler euler`",
         )
+
+
+def run_sampler(
+    sampler: Sampler,
+    name: str,
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    callback: Callback | None = None,
+    arguments: Mapping[str, object] | None = None,
+) -> Tensor:
+    """A sampler's result, float32, in the shape of `x`; `name` is what the user called the sampler.
+
+    Raises RunError, naming the sampler, where it fails or returns anything else. What the model or the
+    callback raises under it, and a lack of memory, is not its fault and stays what it is.
+    """
+    below: list[BaseException] = []
+
+    def watched_denoise(x: Tensor, sigma: float) -> Tensor:
+        try:
+            return denoise(x, sigma)
+        except BaseException as error:
+            below.append(error)
+            raise
+
+    def watched_callback(step: int, x: Tensor, denoised: Tensor) -> None:
+        try:
+            if callback is not None:
+                callback(step, x, denoised)
+        except BaseException as error:
+            below.append(error)
+            raise
+
+    try:
+        result: object = sampler(watched_denoise, x, sigmas, watched_callback, **(arguments or {}))
+    except (HyimgError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if error in below:
+            raise
+        raise RunError(
+            f"the sampler `{name}` failed: {describe(error)}",
+            hint="choose another `--sampler`, or mend its plugin",
+        ) from error
+    if not isinstance(result, Tensor):
+        raise RunError(f"the sampler `{name}` returned {type(result).__name__}, not a latent")
+    if result.shape != x.shape or not result.is_floating_point():
+        raise RunError(
+            f"the sampler `{name}` returned {result.dtype} of shape {tuple(result.shape)} for a latent of shape "
+            f"{tuple(x.shape)}"
+        )
+    return result.float()

@@ -73,14 +73,33 @@ def sample_sigmas(
 
     The sampler's distribution is scaled into the range, not cut off at its ends, so every draw is used. The
     reference tool does the same for those of its models that honour the range. Raises HyimgError for a range
-    that is empty or leaves 0..1000.
+    that is empty or leaves 0..1000, and for a sampler whose answer is not one noise level in 0..1 an image.
     """
     if not 0 <= min_timestep < max_timestep <= NUM_TRAIN_TIMESTEPS:
         raise HyimgError(
             f"`min_timestep` {min_timestep:g} and `max_timestep` {max_timestep:g} are no range within 0..1000"
         )
     low, high = min_timestep / NUM_TRAIN_TIMESTEPS, max_timestep / NUM_TRAIN_TIMESTEPS
-    return low + (high - low) * sampler(draws, context)
+    sigma_B = _checked(sampler(draws, context), sampler, batch_size=len(draws.uniform_B))
+    return low + (high - low) * sigma_B
+
+
+def _checked(sigma_B: object, sampler: TimestepSampler, *, batch_size: int) -> Tensor:
+    """The answer of a timestep sampler, which may be a plugin's, in float32; a rounding over 1 is taken off."""
+    blame = f"the timestep sampler `{getattr(sampler, '__name__', sampler)}`"
+    hint = "it must return a float tensor of shape (B,) with values in 0..1"
+    if not isinstance(sigma_B, Tensor):
+        raise HyimgError(f"{blame} returned {type(sigma_B).__name__}, not a tensor", hint=hint)
+    if sigma_B.shape != (batch_size,) or not sigma_B.is_floating_point():
+        raise HyimgError(
+            f"{blame} returned {sigma_B.dtype} of shape {tuple(sigma_B.shape)} for {batch_size} images",
+            hint=hint,
+        )
+    sigma_B = sigma_B.float()
+    # a shift may put 1 a rounding too high; the comparison is false for NaN too
+    for value in sigma_B[~((sigma_B >= 0) & (sigma_B <= 1 + 1e-6))].tolist():
+        raise HyimgError(f"{blame} returned the noise level {value:g}", hint=hint)
+    return sigma_B.clamp(max=1)
 
 
 # ---- the maps: raw draw -> sigma

@@ -127,6 +127,13 @@ def _parse_keys(header: Header) -> list[Key]:
                 f"`{text}` in `{header.path}` has the dtype {info.dtype}, which is not supported"
             )
         key = parse_key(text)
+        # an alpha may be a whole number: it is read as a number, and never trained
+        if key and key.role != "alpha" and not info.dtype.startswith(("F", "BF")):
+            raise HyimgError(
+                f"`{text}` in `{header.path}` has the dtype {info.dtype}, and the weights of a LoRA are "
+                "floating-point numbers",
+                hint="save the LoRA in bf16, fp16 or fp32",
+            )
         keys.append(key) if key else unknown.append(text)
     if unknown:
         shown = ", ".join(f"`{text}`" for text in unknown[:10])
@@ -185,7 +192,7 @@ def _check_shapes(header: Header, modules: tuple[AdaptedModule, ...]) -> tuple[i
     widths: list[tuple[str, Width, int]] = []
     for module, piece in _plain_pieces(modules):
         down, up = (header.tensors[piece.keys[role]].shape for role in ("down", "up"))
-        if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1] or 0 in (*down, *up):
             raise HyimgError(
                 f"`{header.path}` is no LoRA of HunyuanImage-2.1: the adapter of `{module.name}` has the "
                 f"shapes {list(down)} and {list(up)}, which do not make a product of matrices"

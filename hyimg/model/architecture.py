@@ -65,7 +65,7 @@ class DiTArch:
         byt5 = _shape(shapes, "byt5_in.fc1.weight", 2)
         return DiTArch(
             hidden=hidden,
-            heads=hidden // max(head_dim, 1),
+            heads=hidden // head_dim,
             head_dim=head_dim,
             num_double=_count(shapes, "double_blocks."),
             num_single=_count(shapes, "single_blocks."),
@@ -167,6 +167,8 @@ def _shape(shapes: Shapes, name: str, num_dims: int, *, vae: bool = False) -> tu
         raise refuse(f"it has no tensor `{name}`")
     if len(shapes[name]) != num_dims:
         raise refuse(f"`{name}` has the shape {tuple(shapes[name])}, not {num_dims} dimensions")
+    if 0 in shapes[name]:
+        raise refuse(f"`{name}` is empty, with the shape {tuple(shapes[name])}")
     return tuple(shapes[name])
 
 

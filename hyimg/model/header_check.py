@@ -1,6 +1,6 @@
-"""What a DiT or VAE file is, from its header alone and without torch: kind, name layout, sizes.
+"""What a DiT or VAE file is, from its header alone and without torch: kind, name layout, sizes, every tensor.
 
-`hyimg.model.loading` goes on from here and checks every single tensor against the model.
+`hyimg.model.loading` makes the same checks against the model itself.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Generic, Literal, TypeVar
 
 from hyimg.errors import HyimgError
 from hyimg.model.architecture import DiTArch, Shapes, VAEArch
+from hyimg.model.dit_shapes import dit_shapes
 from hyimg.model.keys import Source, dit_key_map, vae_key_map
 from hyimg.model.safetensors_file import KIND_NAMES, Checkpoint, identify
 
 Arch = TypeVar("Arch", DiTArch, VAEArch)
 
 _MAX_LISTED = 10
+_WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -37,25 +39,49 @@ class Contents(Generic[Arch]):
 def read_dit_arch(path: str | os.PathLike[str]) -> DiTArch:
     """The sizes of a DiT file or folder.
 
-    Raises `HyimgError` for what cannot be read, is something else, or lacks a tensor that tells a size; use
-    `loading.check_dit` to have every tensor checked.
+    Raises `HyimgError` for what cannot be read or is something else, and for missing, surplus and misshapen
+    tensors, as `loading.check_dit` does with the model itself.
     """
-    return read_dit(Checkpoint.open(path)).arch
+    checkpoint = Checkpoint.open(path)
+    contents = read_dit(checkpoint)
+    require_fit(checkpoint, contents, dit_shapes(contents.arch))
+    return contents.arch
 
 
 def read_vae_arch(path: str | os.PathLike[str]) -> VAEArch:
-    """The same for a VAE."""
+    """The sizes of a VAE; of its tensors only those that tell a size are checked (`loading.check_vae`: all)."""
     return read_vae(Checkpoint.open(path)).arch
 
 
 def read_dit(checkpoint: Checkpoint) -> Contents[DiTArch]:
-    """The contents of a DiT checkpoint. Raises as `read_dit_arch`."""
+    """The contents of a DiT checkpoint.
+
+    Raises `HyimgError` for another kind of file, weights that are no floating-point numbers of 16 bits or
+    more, and a tensor missing that tells a size.
+    """
     return _read(checkpoint, "dit", dit_key_map, DiTArch.from_shapes)
 
 
 def read_vae(checkpoint: Checkpoint) -> Contents[VAEArch]:
-    """The contents of a VAE checkpoint. Raises as `read_dit_arch`."""
+    """The contents of a VAE checkpoint. Raises as `read_dit`."""
     return _read(checkpoint, "vae", vae_key_map, VAEArch.from_shapes)
+
+
+def require_fit(checkpoint: Checkpoint, contents: Contents[Arch], expected: Shapes) -> None:
+    """Raises one error for everything that a model of the `expected` shapes misses, or has no place for."""
+    shapes, problems = contents.shapes, dict(contents.problems)
+    for name, shape in expected.items():
+        if name in shapes and shapes[name] != shape:
+            problems[name] = f"`{name}` has the shape {list(shapes[name])} instead of {list(shape)}"
+        elif name not in shapes:
+            problems.setdefault(name, f"`{name}` is missing")
+    problems.update({name: f"`{name}` is not known" for name in shapes if name not in expected})
+    if problems:
+        raise HyimgError(
+            f"the tensors of `{checkpoint.path}` do not fit its architecture: "
+            f"{list_problems(problems.values())}",
+            hint="the file is incomplete or of another model; download it again",
+        )
 
 
 def list_problems(problems: Collection[str]) -> str:
@@ -77,6 +103,7 @@ def _read(
             f"`{checkpoint.path}` is {KIND_NAMES[found]}, not {KIND_NAMES[kind]}",
             hint=f"give a HunyuanImage-2.1 checkpoint to `--{kind}`",
         )
+    _require_floats(checkpoint)
     key_map = map_keys(checkpoint.tensors)
     shapes, problems = _original_shapes(checkpoint, key_map)
     try:
@@ -85,6 +112,26 @@ def _read(
         also = f"; {list_problems(problems.values())}" if problems else ""
         raise HyimgError(f"`{checkpoint.path}`: {error.message}{also}", hint=error.hint) from None
     return Contents(arch, key_map, shapes, problems)
+
+
+def _require_floats(checkpoint: Checkpoint) -> None:
+    """Refuses weights of types that do not hold the numbers themselves: quantised, integer, boolean."""
+    for name, info in checkpoint.tensors.items():
+        if info.dtype in _WEIGHT_DTYPES:
+            continue
+        if info.dtype.startswith("F8"):
+            raise HyimgError(
+                f"`{name}` in `{checkpoint.path}` is {info.dtype}: fp8 checkpoints are not read yet",
+                hint="give the bf16 or fp16 file of this model",
+            )
+        raise HyimgError(
+            f"`{name}` in `{checkpoint.path}` has the dtype {info.dtype}, and weights are {_listed_dtypes()}",
+            hint="the file is quantised or damaged; give the bf16 or fp16 file of this model",
+        )
+
+
+def _listed_dtypes() -> str:
+    return f"{', '.join(_WEIGHT_DTYPES[:-1])} or {_WEIGHT_DTYPES[-1]}"
 
 
 def _original_shapes(checkpoint: Checkpoint, key_map: Mapping[str, Source]) -> tuple[Shapes, dict[str, str]]:

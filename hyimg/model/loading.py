@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from hyimg.errors import HyimgError
-from hyimg.model.architecture import DiTArch, VAEArch
+from hyimg.model.architecture import DiTArch, Shapes, VAEArch
 from hyimg.model.dit import DiT
-from hyimg.model.header_check import Arch, Contents, list_problems, read_dit, read_vae
+from hyimg.model.header_check import read_dit, read_vae, require_fit
 from hyimg.model.keys import Source
 from hyimg.model.safetensors_file import Checkpoint
 from hyimg.model.vae import VAE
@@ -76,7 +75,7 @@ def _plan_dit(checkpoint: Checkpoint) -> tuple[DiT, Mapping[str, Source]]:
     contents = read_dit(checkpoint)
     with torch.device("meta"):
         model = DiT(contents.arch)
-    _check_tensors(checkpoint, contents, model)
+    require_fit(checkpoint, contents, _shapes(model))
     return model, contents.key_map
 
 
@@ -84,26 +83,12 @@ def _plan_vae(checkpoint: Checkpoint) -> tuple[VAE, Mapping[str, Source]]:
     contents = read_vae(checkpoint)
     with torch.device("meta"):
         model = VAE(contents.arch)
-    _check_tensors(checkpoint, contents, model)
+    require_fit(checkpoint, contents, _shapes(model))
     return model, contents.key_map
 
 
-def _check_tensors(checkpoint: Checkpoint, contents: Contents[Arch], model: nn.Module) -> None:
-    """Raises one error for everything that the model misses in the file, or has no place for."""
-    shapes, problems = contents.shapes, dict(contents.problems)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for name, shape in expected.items():
-        if name in shapes and shapes[name] != shape:
-            problems[name] = f"`{name}` has the shape {list(shapes[name])} instead of {list(shape)}"
-        elif name not in shapes:
-            problems.setdefault(name, f"`{name}` is missing")
-    problems.update({name: f"`{name}` is not known" for name in shapes if name not in expected})
-    if problems:
-        raise HyimgError(
-            f"the tensors of `{checkpoint.path}` do not fit its architecture: "
-            f"{list_problems(problems.values())}",
-            hint="the file is incomplete or of another model; download it again",
-        )
+def _shapes(model: nn.Module) -> Shapes:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _fill(

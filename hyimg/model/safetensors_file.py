@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import stat
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -74,9 +75,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     a file whose size is not what its header tells.
     """
     path = Path(path)
-    if path.is_dir():
-        raise HyimgError(f"`{path}` is a folder, not a safetensors file")
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise HyimgError(f"`{path}` is a folder, not a safetensors file")
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for a writer for ever
+            raise HyimgError(f"`{path}` is a device or a pipe, not a safetensors file")
         with path.open("rb") as file:
             file_size = os.fstat(file.fileno()).st_size
             start = file.read(64)
@@ -86,8 +90,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             text = file.read(header_bytes)
     except FileNotFoundError:
         raise HyimgError(f"there is no file `{path}`") from None
-    except OSError as error:
-        raise HyimgError(f"`{path}` cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it cannot be the name of a file"
+        raise HyimgError(f"`{path}` cannot be read: {reason}") from None
     tensors, metadata = _parse_header(path, text)
     data_start = 8 + header_bytes
     _check_layout(path, tensors, file_size - data_start, data_start)

@@ -20,6 +20,11 @@ def convert_comfy(config: ConvertComfyConfig, report: Reporter) -> Conversion:
         raise HyimgError(
             f"`--reverse` means `--to kohya`, but `--to {options.to}` was given", hint="leave one out"
         )
+    if options.destination.suffix.lower() != ".safetensors":
+        raise HyimgError(
+            f"`{options.destination}` does not end with `.safetensors`, which is what is written",
+            hint=f"give a file name, say `{options.source.stem}-converted.safetensors`",
+        )
     target = "kohya" if options.reverse else options.to or "comfy"
     if options.destination.exists() and not options.overwrite:
         raise HyimgError(f"`{options.destination}` exists", hint="give another name, or `--overwrite`")

@@ -5,116 +5,89 @@ The three models are never in memory together.
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from hyimg.cache.atomic import atomic_write_bytes, require_writable_folder
-from hyimg.cache.identity import file_identity
 from hyimg.config.commands import InferConfig
-from hyimg.encoders.glyph import glyph_prompt
-from hyimg.encoders.progress import encode_prompts
-from hyimg.encoders.text import TextEncoders
+from hyimg.config.option import groups_of, options_of
 from hyimg.errors import HyimgError
 from hyimg.flow.pictures import METADATA_KEY, decode_image, save_png
-from hyimg.flow.prompts import PromptSpec, RenderSpec, load_prompts
-from hyimg.flow.renderer import (
-    PromptStates,
-    Renderer,
-    attach_lora,
-    check_loras,
-    lora_multipliers,
-    prompts_to_encode,
-    render_defaults,
-    resolve_samplers,
-    settings_of,
-)
-from hyimg.flow.sizes import NATIVE_SIZES
-from hyimg.memory.device import compute_dtype, resolve_device, vae_dtype
-from hyimg.model.keys import linear_modules
-from hyimg.model.loading import check_dit, check_vae, load_dit, load_vae
+from hyimg.flow.plan import RenderPlan, encode_states, free_memory, load_decoder, open_encoders, plan_renders
+from hyimg.flow.prompts import PromptSpec, load_prompts
+from hyimg.flow.renderer import PromptStates, attach_lora, prompts_to_encode
+from hyimg.model.architecture import VAEArch
+from hyimg.model.loading import check_vae
 from hyimg.model.safetensors_file import Checkpoint
-from hyimg.plugins import load_plugins
 from hyimg.report import Reporter
 
 LATENT_KEY = "latent"
+PNG, LATENT = ".png", ".safetensors"
 
 # What each `--output_type` leaves
-_SUFFIXES = {"images": (".png",), "latent": (".safetensors",), "latent_images": (".safetensors", ".png")}
+_SUFFIXES = {"images": (PNG,), "latent": (LATENT,), "latent_images": (LATENT, PNG)}
+_OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+_NUMBERED = re.compile(r"(\d{4,})\.(?:png|safetensors)", re.IGNORECASE)
+
+# The files of one result by suffix
+Target = dict[str, Path]
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A latent (batch 1, scaled, float32, CPU) and what it was made with, as the PNG tells it."""
+    """A latent (batch 1, scaled, float32, CPU), and what it was made with as its files tell it (None: nothing)."""
 
     latent_BCHW: Tensor
-    settings: dict[str, Any]
+    settings: Mapping[str, object] | None
 
 
 def infer(config: InferConfig, report: Reporter) -> list[Path]:
     """Renders the prompts, or decodes the latents, and returns the files that were written.
 
-    Raises HyimgError for wrong input before a weight is read.
+    Raises HyimgError for wrong input before a weight is read, and RunError for an image that is not finite.
     """
     assert config.vae.vae is not None
-    check_vae(config.vae.vae)
+    vae_arch = check_vae(config.vae.vae)
     if config.output.split_attn:
         report.note("note: `--split_attn` changes nothing: one image at a time has no mask")
     if config.output.latent_path:
         _check_latents_only(config)
-        rendered = [_read_latent(path) for path in config.output.latent_path]
+        rendered = [_read_latent(path, vae_arch) for path in config.output.latent_path]
         targets = _targets(config, len(rendered))
     else:
         plan = _plan(config, report)
+        encoders = open_encoders(config.encoders, config.compute)
         targets = _targets(config, len(plan.specs))
-        rendered = _render(config, plan, report)
+        states = encode_states(encoders, prompts_to_encode(plan.specs), report)
+        rendered = _render(plan, states, report)
+        free_memory(plan.device)
     return _write(config, rendered, targets, report)
 
 
-# ---- what to render, checked
-
-
-@dataclass(frozen=True)
-class _Plan:
-    specs: list[RenderSpec]
-    multipliers: list[float]
-    samplers: dict[str, Callable[..., Tensor]]
-    encoders: TextEncoders
-    device: torch.device
-
-
-def _plan(config: InferConfig, report: Reporter) -> _Plan:
+def _plan(config: InferConfig, report: Reporter) -> RenderPlan:
     if config.dit.dit is None:
         raise HyimgError("`--dit` is required", hint="or give `--latent_path` to decode saved latents")
-    arch = check_dit(config.dit.dit)
-    specs = _specs(config)
-    plugins = load_plugins(config.common.plugin)
-    defaults = render_defaults(config.sampling, arch)
-    if config.prompt.negative_prompt is not None:
-        defaults = replace(defaults, negative_prompt=config.prompt.negative_prompt)
-    decided = [spec.resolve(defaults) for spec in specs]
-    samplers = resolve_samplers(plugins, [s.sampler for s in decided], config.sampling.sampler_args, arch)
-    multipliers = lora_multipliers(config.lora.lora_weight, config.lora.lora_multiplier)
-    check_loras(config.lora.lora_weight, arch)
-    for width, height in dict.fromkeys((spec.width, spec.height) for spec in decided):
-        if (width, height) not in NATIVE_SIZES:
-            report.warning(
-                f"{width}x{height} (width x height) is not one of the sizes that the model was made for: "
-                + ", ".join(f"{w}x{h}" for w, h in NATIVE_SIZES)
-            )
-    return _Plan(
-        decided, multipliers, samplers, _open_encoders(config), resolve_device(config.compute.device)
+    return plan_renders(
+        _prompts(config),
+        dit=config.dit.dit,
+        sampling=config.sampling,
+        compute=config.compute,
+        lora_weight=config.lora.lora_weight,
+        lora_multiplier=config.lora.lora_multiplier,
+        plugins=config.common.plugin,
+        report=report,
+        negative_prompt=config.prompt.negative_prompt,
     )
 
 
-def _specs(config: InferConfig) -> list[PromptSpec]:
+def _prompts(config: InferConfig) -> list[PromptSpec]:
     prompt, from_file = config.prompt.prompt, config.prompt.from_file
     if (prompt is None) == (from_file is None):
         raise HyimgError(
@@ -126,149 +99,139 @@ def _specs(config: InferConfig) -> list[PromptSpec]:
     return [PromptSpec(prompt=prompt)]
 
 
-def _open_encoders(config: InferConfig) -> TextEncoders:
-    files = config.encoders
-    if files.text_encoder is None or files.byt5 is None:
-        missing = "text_encoder" if files.text_encoder is None else "byt5"
-        raise HyimgError(
-            f"`--{missing}` is required", hint="both text encoders are needed to render a prompt"
-        )
-    device = torch.device("cpu") if files.text_encoder_cpu else resolve_device(config.compute.device)
-    return TextEncoders.open(
-        files.text_encoder,
-        files.byt5,
-        files.tokenizer,
-        device=device,
-        batch_size=files.text_encoder_batch_size,
-        mmap=not config.compute.disable_mmap_load_safetensors,
-    )
-
-
-# ---- rendering
-
-
-def _render(config: InferConfig, plan: _Plan, report: Reporter) -> list[Rendered]:
-    states: dict[str, PromptStates] = {
-        prompt: (encoded.text_TD, encoded.byt5_SE)
-        for prompt, encoded in encode_prompts(plan.encoders, prompts_to_encode(plan.specs), report)
-    }
-    assert config.dit.dit is not None
-    dit = load_dit(
-        config.dit.dit,
-        device=plan.device,
-        dtype=compute_dtype(config.compute.mixed_precision),
-        mmap=not config.compute.disable_mmap_load_safetensors,
-    )
-    for path, multiplier in zip(config.lora.lora_weight, plan.multipliers, strict=True):
-        network = attach_lora(dit, path, multiplier)
-        report.note(
-            f"LoRA {path}: {len(network.plan)} of {len(linear_modules(dit.arch))} modules, multiplier {multiplier:g}"
-        )
-    renderer = Renderer(
-        dit, config.sampling, plan.samplers, states, lambda text: glyph_prompt(text) is not None
-    )
-    loras = [
-        {"file": path.name, "sha256": file_identity(path), "multiplier": multiplier}
-        for path, multiplier in zip(config.lora.lora_weight, plan.multipliers, strict=True)
-    ]
+def _render(plan: RenderPlan, states: Mapping[str, PromptStates], report: Reporter) -> list[Rendered]:
+    """Every prompt with all LoRAs; the DiT is let go on return."""
+    renderer = plan.load_renderer(states)
+    for lora in plan.loras:
+        attach_lora(renderer.dit, lora.path, lora.multiplier, report)
     rendered = []
     with report.task("render", sum(spec.steps for spec in plan.specs), unit="step") as task:
         for spec in plan.specs:
-            settings = settings_of(
-                spec, config.sampling, config.compute.mixed_precision, config.dit.dit, loras
-            )
             latent_BCHW = renderer.render(spec, lambda step, x, denoised: task.advance())
-            rendered.append(Rendered(latent_BCHW, settings))
-    del dit, renderer
-    _free(plan.device)
+            rendered.append(Rendered(latent_BCHW, plan.settings(spec, plan.loras)))
     return rendered
 
 
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+# ---- where results go
 
 
-# ---- latents and pictures on disk
+def _targets(config: InferConfig, count: int) -> list[Target]:
+    """The files of each result; their folder is tried, so that a render is not lost at its end.
 
-
-def _targets(config: InferConfig, count: int) -> list[Path]:
-    """A path without suffix for each result; the folder is tried, so that a render is not lost at its end.
-
-    Raises HyimgError for a folder that cannot be written, and for files that are there without `--overwrite`.
+    A folder is filled up after the highest number in it; a file is replaced with `--overwrite` only. Raises
+    HyimgError for a folder that cannot be written, and for files that are there.
     """
-    save_path, suffixes = config.output.save_path, _SUFFIXES[config.output.output_type]
+    save_path = config.output.save_path
     assert save_path is not None
-    if save_path.suffix.lower() in (".png", ".safetensors"):
-        require_writable_folder(save_path.parent)
-        stem = save_path.with_suffix("")
-        targets = (
-            [stem] if count == 1 else [stem.with_name(f"{stem.name}-{i:04}") for i in range(1, count + 1)]
-        )
-    elif save_path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"):
-        raise HyimgError(f"`--save_path` `{save_path}`: pictures are saved as PNG", hint="name a `.png` file")
-    else:
+    suffixes = _SUFFIXES[config.output.output_type]
+    if save_path.is_dir() or save_path.suffix.lower() not in (PNG, LATENT, *_OTHER_PICTURES):
         require_writable_folder(save_path)
-        targets = [save_path / f"{i:04}" for i in range(1, count + 1)]
-    there = [
-        path for target in targets for suffix in suffixes if (path := _with_suffix(target, suffix)).exists()
-    ]
+        first = 1 + max(_numbers(save_path), default=0)
+        return [
+            {suffix: save_path / f"{number:04}{suffix}" for suffix in suffixes}
+            for number in range(first, first + count)
+        ]
+    if save_path.suffix.lower() in _OTHER_PICTURES:
+        raise HyimgError(f"`--save_path` `{save_path}`: pictures are saved as PNG", hint="name a `.png` file")
+    require_writable_folder(save_path.parent)
+    endings = [""] if count == 1 else [f"-{number:04}" for number in range(1, count + 1)]
+    targets = [{suffix: _beside(save_path, end, suffix) for suffix in suffixes} for end in endings]
+    there = [path for target in targets for path in target.values() if path.exists()]
     if there and not config.output.overwrite:
         raise HyimgError(f"`{there[0]}` exists", hint="name another `--save_path`, or give `--overwrite`")
     return targets
 
 
-def _with_suffix(target: Path, suffix: str) -> Path:
-    # not Path.with_suffix, which would cut `v1.5`
-    return target.with_name(target.name + suffix)
+def _numbers(folder: Path) -> Iterator[int]:
+    """The numbers of results that lie in a folder, of any kind."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if match := _NUMBERED.fullmatch(path.name):
+                yield int(match[1])
+
+
+def _beside(save_path: Path, end: str, suffix: str) -> Path:
+    """`--save_path` with `end` before its suffix, which keeps the user's spelling where it is the one wanted."""
+    own = save_path.suffix
+    return save_path.with_name(save_path.stem + end + (own if own.lower() == suffix else suffix))
+
+
+# ---- latents and pictures on disk
 
 
 def _write(
-    config: InferConfig, rendered: Sequence[Rendered], targets: Sequence[Path], report: Reporter
+    config: InferConfig, rendered: Sequence[Rendered], targets: Sequence[Target], report: Reporter
 ) -> list[Path]:
     written = []
     suffixes = _SUFFIXES[config.output.output_type]
-    if ".safetensors" in suffixes:
-        for one, target in zip(rendered, targets, strict=True):
-            written.append(_write_latent(one, _with_suffix(target, ".safetensors")))
-    if ".png" in suffixes:
-        device = resolve_device(config.compute.device)
+    told = [None if config.output.no_metadata else one.settings for one in rendered]
+    if LATENT in suffixes:
+        for one, settings, target in zip(rendered, told, targets, strict=True):
+            _write_latent(one.latent_BCHW, target[LATENT], settings)
+            written.append(target[LATENT])
+    if PNG in suffixes:
         assert config.vae.vae is not None
-        vae = load_vae(config.vae.vae, device=device, dtype=vae_dtype(config.compute.mixed_precision, device))
+        vae = load_decoder(config.vae.vae, config.compute)
         with report.task("decode", len(rendered), unit="image") as task:
-            for one, target in zip(rendered, targets, strict=True):
-                path = _with_suffix(target, ".png")
-                settings = None if config.output.no_metadata else one.settings
-                save_png(decode_image(vae, one.latent_BCHW), path, settings)
-                written.append(path)
+            for one, settings, target in zip(rendered, told, targets, strict=True):
+                save_png(decode_image(vae, one.latent_BCHW), target[PNG], settings)
+                written.append(target[PNG])
                 task.advance()
     for path in written:
         report.note(f"saved {path}")
     return written
 
 
-def _write_latent(rendered: Rendered, path: Path) -> Path:
-    metadata = {METADATA_KEY: json.dumps(rendered.settings, ensure_ascii=False)}
-    atomic_write_bytes(path, save({LATENT_KEY: rendered.latent_BCHW.contiguous()}, metadata=metadata))
-    return path
+def _write_latent(latent_BCHW: Tensor, path: Path, settings: Mapping[str, object] | None) -> None:
+    metadata = None
+    if settings is not None:
+        metadata = {METADATA_KEY: json.dumps(settings, ensure_ascii=False, default=str)}
+    atomic_write_bytes(path, save({LATENT_KEY: latent_BCHW.contiguous()}, metadata=metadata))
 
 
 def _check_latents_only(config: InferConfig) -> None:
-    if config.prompt.prompt is not None or config.prompt.from_file is not None:
+    """Refuses what cannot act on latents that are rendered already; the model files may be in a shared config."""
+    given = [
+        option.label
+        for name, group in groups_of(InferConfig).items()
+        if name in ("prompt", "lora", "sampling")
+        for option in options_of(group)
+        if getattr(getattr(config, name), option.name) != option.default
+    ]
+    if given:
         raise HyimgError(
-            "`--latent_path` decodes saved latents and takes no prompt", hint="leave one of them out"
+            f"`--latent_path` decodes latents that are rendered already and takes no {', '.join(given)}",
+            hint="leave one of them out",
         )
     if config.output.output_type != "images":
         raise HyimgError("`--latent_path` gives images", hint="leave out `--output_type`")
 
 
-def _read_latent(path: Path) -> Rendered:
+def _read_latent(path: Path, vae: VAEArch) -> Rendered:
+    """A saved latent; raises HyimgError for a file without one, or with one that the VAE cannot decode."""
     checkpoint = Checkpoint.open(path)
     info = checkpoint.tensors.get(LATENT_KEY)
-    if info is None or len(info.shape) != 4 or info.shape[0] != 1:
+    if info is None or len(info.shape) != 4 or info.shape[0] != 1 or 0 in info.shape:
         raise HyimgError(
             f"`{path}` holds no latent", hint="`hyimg infer --output_type latent` writes such files"
         )
-    settings = json.loads(checkpoint.metadata.get(METADATA_KEY, "{}"))
-    return Rendered(checkpoint.read(LATENT_KEY).float(), settings)
+    if info.shape[1] != vae.latent_channels:
+        raise HyimgError(
+            f"the latent in `{path}` has {info.shape[1]} channels, and the VAE's have {vae.latent_channels}",
+            hint="give the `--vae` of the model that it was rendered with",
+        )
+    latent_BCHW = checkpoint.read(LATENT_KEY).float()
+    if not torch.isfinite(latent_BCHW).all():
+        raise HyimgError(f"the latent in `{path}` is not finite (NaN or infinity)", hint="render it anew")
+    return Rendered(latent_BCHW, _read_settings(checkpoint))
+
+
+def _read_settings(checkpoint: Checkpoint) -> Mapping[str, object] | None:
+    text = checkpoint.metadata.get(METADATA_KEY)
+    try:
+        settings = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        settings = text
+    if settings is None or isinstance(settings, dict):
+        return settings
+    raise HyimgError(f"`{METADATA_KEY}` in the metadata of `{checkpoint.path}` is not a table of settings")

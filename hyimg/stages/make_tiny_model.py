@@ -54,6 +54,11 @@ class ModelFolder:
     def vae(self) -> Path:
         return self.directory / "hunyuan_image_2.1_vae_fp16.safetensors"
 
+    @property
+    def tokenizer(self) -> Path:
+        """Lies beside the text encoder, where it is found without an option."""
+        return self.directory / "tokenizer.json"
+
     def files(self) -> dict[str, Path]:
         """The files by the option that takes each."""
         return {"dit": self.dit, "text_encoder": self.text_encoder, "byt5": self.byt5, "vae": self.vae}
@@ -67,13 +72,13 @@ def make_tiny_model(config: MakeTinyModelConfig, report: Reporter) -> ModelFolde
     options = config.tiny
     assert options.directory is not None
     folder = ModelFolder(options.directory)
-    there = [path for path in folder.files().values() if path.exists()]
+    there = [path for path in (*folder.files().values(), folder.tokenizer) if path.exists()]
     if there and not options.overwrite:
         raise HyimgError(f"`{there[0]}` exists", hint="choose another folder, or give `--overwrite`")
     _write(folder, depth=options.depth, seed=options.seed)
     for option, path in folder.files().items():
         report.note(f"--{option} {path} ({size_text(path.stat().st_size)})")
-    report.note(f"the tokenizer beside them is found by itself: {folder.directory / 'tokenizer.json'}")
+    report.note(f"the tokenizer beside them is found by itself: {folder.tokenizer}")
     return folder
 
 

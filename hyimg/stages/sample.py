@@ -5,39 +5,30 @@ Rows are prompts, columns the base model and the LoRA files; a row has one seed,
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from hyimg.cache.atomic import require_writable_folder
-from hyimg.cache.identity import file_identity
+from hyimg.cache.index import Index
 from hyimg.config.commands import SampleConfig
 from hyimg.data.plan import text_store_for_training
-from hyimg.encoders.glyph import glyph_prompt
-from hyimg.encoders.progress import encode_prompts
-from hyimg.encoders.text import TextEncoders
 from hyimg.errors import HyimgError
 from hyimg.flow.pictures import contact_sheet, decode_image, save_png
-from hyimg.flow.prompts import RenderSpec, load_prompts
-from hyimg.flow.renderer import (
-    PromptStates,
-    Renderer,
-    attach_lora,
-    check_loras,
-    lora_multipliers,
-    prompts_to_encode,
-    render_defaults,
-    resolve_samplers,
-    settings_of,
+from hyimg.flow.plan import (
+    LoRAUse,
+    RenderPlan,
+    encode_states,
+    free_memory,
+    load_decoder,
+    open_encoders,
+    plan_renders,
 )
-from hyimg.memory.device import compute_dtype, resolve_device, vae_dtype
-from hyimg.model.loading import check_dit, check_vae, load_dit, load_vae
-from hyimg.plugins import load_plugins
+from hyimg.flow.prompts import RenderSpec, load_prompts
+from hyimg.flow.renderer import PromptStates, attach_lora, prompts_to_encode
+from hyimg.model.loading import check_vae
 from hyimg.report import Reporter
 
 SHEET_NAME = "sheet.png"
@@ -46,61 +37,65 @@ BASE_LABEL = "base"
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the sheet: its label, and the LoRA file with its multiplier (None: the base model)."""
+    """A column of the sheet: its label, and the LoRA (None: the base model)."""
 
     label: str
-    lora: Path | None = None
-    multiplier: float = 1.0
+    lora: LoRAUse | None = None
+
+    @property
+    def loras(self) -> list[LoRAUse]:
+        return [] if self.lora is None else [self.lora]
 
 
 def sample(config: SampleConfig, report: Reporter) -> Path:
     """Renders every prompt with every column and returns the contact sheet's path.
 
-    Raises HyimgError for wrong input before a weight is read.
+    Raises HyimgError for wrong input before a weight is read, and RunError for an image that is not finite.
     """
     sheet = config.sheet
     assert config.dit.dit is not None
     assert config.vae.vae is not None
     assert sheet.sample_prompts is not None
     assert sheet.output_dir is not None
-    device = resolve_device(config.compute.device)
-    arch = check_dit(config.dit.dit)
     check_vae(config.vae.vae)
-    defaults = render_defaults(config.sampling, arch)
-    specs = [spec.resolve(defaults) for spec in load_prompts(sheet.sample_prompts)]
-    samplers = resolve_samplers(
-        load_plugins(config.common.plugin), [s.sampler for s in specs], config.sampling.sampler_args, arch
+    plan = plan_renders(
+        load_prompts(sheet.sample_prompts),
+        dit=config.dit.dit,
+        sampling=config.sampling,
+        compute=config.compute,
+        lora_weight=sheet.lora_weight,
+        lora_multiplier=sheet.lora_multiplier,
+        plugins=config.common.plugin,
+        report=report,
     )
-    check_loras(sheet.lora_weight, arch)
-    columns = _columns(config)
+    columns = _columns(plan.loras, with_base=not sheet.no_base)
     require_writable_folder(sheet.output_dir)
-    states = _states(config, specs, report)
+    states = _states(config, prompts_to_encode(plan.specs), report)
 
-    latents = _render(config, specs, columns, samplers, states, report)
-    gc.collect()
-    vae = load_vae(config.vae.vae, device=device, dtype=vae_dtype(config.compute.mixed_precision, device))
+    latents = _render(plan, columns, states, report)
+    free_memory(plan.device)
+
+    vae = load_decoder(config.vae.vae, config.compute)
     rows: list[list[Image.Image]] = []
-    with report.task("decode", len(specs) * len(columns), unit="image") as task:
-        for spec in specs:
+    with report.task("decode", len(plan.specs) * len(columns), unit="image") as task:
+        for spec in plan.specs:
             rows.append([])
             for column in columns:
                 image = decode_image(vae, latents[spec.index, column.label])
                 path = sheet.output_dir / f"{spec.index + 1:03}-{column.label}.png"
-                save_png(image, path, _settings(config, spec, column))
+                save_png(image, path, plan.settings(spec, column.loras))
                 rows[-1].append(image)
                 task.advance()
     sheet_path = sheet.output_dir / SHEET_NAME
-    picture = contact_sheet(rows, [_row_label(spec) for spec in specs], [c.label for c in columns])
+    picture = contact_sheet(rows, [_row_label(spec) for spec in plan.specs], [c.label for c in columns])
     save_png(picture, sheet_path, None)
-    report.note(f"saved {len(specs) * len(columns)} images and {sheet_path}")
+    report.note(f"saved {len(plan.specs) * len(columns)} images and {sheet_path}")
     return sheet_path
 
 
-def _columns(config: SampleConfig) -> list[Column]:
-    sheet = config.sheet
-    multipliers = lora_multipliers(sheet.lora_weight, sheet.lora_multiplier)
-    columns = [] if sheet.no_base else [Column(BASE_LABEL)]
-    columns += [Column(p.stem, p, m) for p, m in zip(sheet.lora_weight, multipliers, strict=True)]
+def _columns(loras: list[LoRAUse], *, with_base: bool) -> list[Column]:
+    columns = [Column(BASE_LABEL)] if with_base else []
+    columns += [Column(lora.path.stem, lora) for lora in loras]
     if not columns:
         raise HyimgError("there is nothing to render", hint="name LoRA files, or leave out `--no_base`")
     labels = [column.label for column in columns]
@@ -113,70 +108,45 @@ def _columns(config: SampleConfig) -> list[Column]:
     return columns
 
 
-def _states(config: SampleConfig, specs: list[RenderSpec], report: Reporter) -> dict[str, PromptStates]:
-    """The prompts' encoder states, from the text cache where a folder is named, else from the encoders."""
-    prompts = prompts_to_encode(specs)
-    if config.sheet.cache_dir is not None:
-        store = text_store_for_training(config.sheet.cache_dir / "text", [], prompts)
+def _states(config: SampleConfig, prompts: list[str], report: Reporter) -> dict[str, PromptStates]:
+    """The prompts' encoder states, from the text cache where a folder is named, else from the encoders.
+
+    Encoders that are named too say which of the cache's stores is meant.
+    """
+    files, cache_dir = config.encoders, config.sheet.cache_dir
+    named = files.text_encoder is not None and files.byt5 is not None
+    if cache_dir is not None:
+        index = Index(cache_dir if cache_dir.is_dir() else None)
+        identity = open_encoders(files, config.compute, memo=index).identity if named else None
+        store = text_store_for_training(cache_dir / "text", [], prompts, index=index, identity=identity)
         entries = {prompt: store.read(prompt) for prompt in prompts}
         return {prompt: (entry.text_TD, entry.byt5_SE) for prompt, entry in entries.items()}
-    files = config.encoders
-    if files.text_encoder is None or files.byt5 is None:
+    if not named:
         raise HyimgError(
             "`hyimg sample` needs the prompts' embeddings",
             hint="give `--text_encoder` and `--byt5`, or `--cache_dir` after `hyimg cache-text --sample_prompts`",
         )
-    device = torch.device("cpu") if files.text_encoder_cpu else resolve_device(config.compute.device)
-    encoders = TextEncoders.open(
-        files.text_encoder,
-        files.byt5,
-        files.tokenizer,
-        device=device,
-        batch_size=files.text_encoder_batch_size,
-    )
-    return {
-        prompt: (encoded.text_TD, encoded.byt5_SE)
-        for prompt, encoded in encode_prompts(encoders, prompts, report)
-    }
+    return encode_states(open_encoders(files, config.compute), prompts, report)
 
 
 def _render(
-    config: SampleConfig,
-    specs: list[RenderSpec],
-    columns: list[Column],
-    samplers: dict[str, Callable[..., Tensor]],
-    states: dict[str, PromptStates],
-    report: Reporter,
+    plan: RenderPlan, columns: list[Column], states: dict[str, PromptStates], report: Reporter
 ) -> dict[tuple[int, str], Tensor]:
-    assert config.dit.dit is not None
-    dit = load_dit(
-        config.dit.dit,
-        device=resolve_device(config.compute.device),
-        dtype=compute_dtype(config.compute.mixed_precision),
-        mmap=not config.compute.disable_mmap_load_safetensors,
-    )
-    renderer = Renderer(dit, config.sampling, samplers, states, lambda text: glyph_prompt(text) is not None)
+    """The latents by (index of the prompt, label of the column); the DiT is let go on return."""
+    renderer = plan.load_renderer(states)
     latents = {}
-    with report.task("render", len(columns) * sum(spec.steps for spec in specs), unit="step") as task:
+    with report.task("render", len(columns) * sum(spec.steps for spec in plan.specs), unit="step") as task:
         for column in columns:
-            network = attach_lora(dit, column.lora, column.multiplier) if column.lora is not None else None
-            for spec in specs:
+            networks = [
+                attach_lora(renderer.dit, lora.path, lora.multiplier, report) for lora in column.loras
+            ]
+            for spec in plan.specs:
                 latents[spec.index, column.label] = renderer.render(
                     spec, lambda step, x, denoised: task.advance()
                 )
-            if network is not None:
-                network.detach(dit)
+            for network in networks:
+                network.detach(renderer.dit)
     return latents
-
-
-def _settings(config: SampleConfig, spec: RenderSpec, column: Column) -> dict[str, object]:
-    assert config.dit.dit is not None
-    loras = []
-    if column.lora is not None:
-        loras = [
-            {"file": column.lora.name, "sha256": file_identity(column.lora), "multiplier": column.multiplier}
-        ]
-    return settings_of(spec, config.sampling, config.compute.mixed_precision, config.dit.dit, loras)
 
 
 def _row_label(spec: RenderSpec) -> str:

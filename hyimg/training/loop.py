@@ -22,8 +22,8 @@ def train_loop(run: Run) -> None:
 
     Raises `RunError` where a loss or gradient is not finite; the files saved before stay.
     """
-    hook, saving = run.plugins.hook, run.config.saving
-    hook.hyimg_run_start(run=run)
+    notify, saving = run.plugins.notify, run.config.saving
+    notify("hyimg_run_start", run=run)
     average = MovingAverage()
     with run.report.task("train", run.schedule.max_steps, unit="step") as task:
         for epoch in run.schedule.epochs():
@@ -32,7 +32,7 @@ def train_loop(run: Run) -> None:
                 started = time.perf_counter()
                 loss_B, gradient_norm = train_step(run, step, epoch, islice(batches, len(step.batches)))
                 run.step = step.number
-                hook.hyimg_step_end(run=run, step=step.number, loss_B=loss_B)
+                notify("hyimg_step_end", run=run, step=step.number, loss_B=loss_B)
                 _log(run, task, epoch, loss_B, gradient_norm, average, time.perf_counter() - started)
                 if saving.save_every_n_steps and step.number % saving.save_every_n_steps == 0:
                     run.save(step=step.number)
@@ -46,9 +46,9 @@ def train_loop(run: Run) -> None:
                     and not is_last
                 ):
                     run.save(epoch=epoch.number)
-                hook.hyimg_epoch_end(run=run, epoch=epoch.number)
+                notify("hyimg_epoch_end", run=run, epoch=epoch.number)
     run.save()
-    hook.hyimg_run_end(run=run)
+    notify("hyimg_run_end", run=run)
 
 
 def train_step(run: Run, step: Step, epoch: Epoch, batches: Iterable[LoadedBatch]) -> tuple[Tensor, float]:
@@ -60,7 +60,7 @@ def train_step(run: Run, step: Step, epoch: Epoch, batches: Iterable[LoadedBatch
     for batch in batches:
         run.network.set_multiplier(batch.network_multiplier)
         loss_B, _ = run.objective(batch, epoch.number)
-        run.accelerator.backward(loss_B.sum() / step.num_samples)
+        torch.autograd.backward(loss_B.sum() / step.num_samples)
         losses.append(loss_B.detach())
     loss_B = torch.cat(losses).float().cpu()
     max_norm = run.config.optimizer.max_grad_norm or math.inf
@@ -68,7 +68,9 @@ def train_step(run: Run, step: Step, epoch: Epoch, batches: Iterable[LoadedBatch
     if not (math.isfinite(gradient_norm) and bool(torch.isfinite(loss_B).all())):
         raise RunError(
             f"the loss or its gradient is not finite at step {step.number} (loss {loss_B.mean():g})",
-            hint="lower `--learning_rate`; files that were saved before are whole",
+            hint="lower `--learning_rate`; files that were saved before are whole"
+            if step.number > 1
+            else "at the first step that comes of the model, the caches or `--network_weights`: check those files",
         )
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)

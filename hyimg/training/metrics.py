@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hyimg.cache.atomic import atomic_write_text
+from hyimg.errors import RunError
 
 
 class MetricsLog:
@@ -20,9 +21,17 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, float | int | str | Mapping[str, float]]) -> None:
-        """One line. Values that are not finite become null, since JSON has no name for them."""
-        self._file.write(json.dumps({k: _finite(v) for k, v in values.items()}) + "\n")
-        self._file.flush()
+        """One line. Values that are not finite become null, since JSON has no name for them.
+
+        Raises RunError where it cannot be written.
+        """
+        try:
+            self._file.write(json.dumps({k: _finite(v) for k, v in values.items()}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(
+                f"cannot write `{self.path}`: {error.strerror}", hint="files that were saved before are whole"
+            ) from error
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hyimg.config.flow import FlowMatching
 from hyimg.data.training_data import LoadedBatch
+from hyimg.errors import HyimgError, RunError
 from hyimg.flow.losses import LossContext
 from hyimg.flow.noise import ip_noise_strength, latent_noise
 from hyimg.flow.schedule import timesteps
@@ -101,9 +102,32 @@ class Objective:
             self.flow.model_prediction_type,  # type: ignore[arg-type]
         )
         weights = None if weight_map_B1HW is None else weight_map_B1HW.to(device)
-        loss_B = self.loss(prediction_BCHW, target_BCHW, LossContext(sigma_B, timesteps(sigma_B), weights))
-        assert loss_B.shape == sigma_B.shape, "a loss gives one value an image"
+        loss_B = self._measure(
+            prediction_BCHW, target_BCHW, LossContext(sigma_B, timesteps(sigma_B), weights)
+        )
         return loss_B * loss_weighting(sigma_B, self.flow.weighting_scheme, self.flow.model_prediction_type)
+
+    def _measure(self, prediction_BCHW: Tensor, target_BCHW: Tensor, context: LossContext) -> Tensor:
+        """The loss function's answer, checked: it may be a plugin's."""
+        try:
+            loss_B = self.loss(prediction_BCHW, target_BCHW, context)
+        except HyimgError:
+            raise
+        except Exception as error:
+            raise RunError(
+                f"the loss failed: {type(error).__name__}: {error}", hint="mend the plugin"
+            ) from error
+        if (
+            not isinstance(loss_B, Tensor)
+            or loss_B.shape != context.sigma_B.shape
+            or not loss_B.requires_grad
+        ):
+            shape = list(loss_B.shape) if isinstance(loss_B, Tensor) else type(loss_B).__name__
+            raise RunError(
+                f"the loss gave {shape} for {len(context.sigma_B)} images, not one differentiable value for each",
+                hint="a loss is `(prediction, target, context) -> (B,)`",
+            )
+        return loss_B
 
     def predict(self, noisy_BCHW: Tensor, sigma_B: Tensor, text: TextCondition) -> Tensor:
         """The DiT's answer; a distilled one is told guidance 3.25 and, as the end of its step, its start."""

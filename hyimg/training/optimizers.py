@@ -43,7 +43,9 @@ def adafactor(groups: Groups, lr: float, **arguments: Any) -> Optimizer:
     from transformers.optimization import Adafactor
 
     relative = arguments.get("relative_step", True)
-    return Adafactor(list(groups), lr=None if relative else lr, **arguments)  # type: ignore[no-any-return]
+    # a group's own rate would override the None that asks for a relative one
+    own = [{k: v for k, v in group.items() if k != "lr"} if relative else group for group in groups]
+    return Adafactor(own, lr=None if relative else lr, **arguments)  # type: ignore[no-any-return]
 
 
 def _bitsandbytes(name: str) -> Callable[..., Any]:
@@ -76,11 +78,31 @@ def resolve_optimizer(
     Raises HyimgError for an unknown name, a class that cannot be imported, or an argument it does not take.
     """
     arguments = parse_arguments(pairs, "--optimizer_args")
+    if "lr" in arguments:
+        raise HyimgError("`lr` in `--optimizer_args`: the rate is `--learning_rate`", hint="take it out")
     if "." in name:
-        make = load_object(name)
-        arguments = bind_arguments(make, arguments, option="--optimizer_args", name=name)
-        return lambda groups, lr: make(list(groups), lr=lr, **arguments)
-    make = plugins.resolve("optimizers", name)
-    constructor = _CONSTRUCTORS.get(make.__name__) if make.__module__ == __name__ else None
-    checked = load_object(constructor) if constructor else make
-    return functools.partial(make, **bind_arguments(checked, arguments, option="--optimizer_args", name=name))
+        make = checked = load_object(name)
+    else:
+        make = plugins.resolve("optimizers", name)
+        constructor = _CONSTRUCTORS.get(make.__name__) if make.__module__ == __name__ else None
+        checked = load_object(constructor) if constructor else make
+    bind_arguments(checked, arguments, option="--optimizer_args", name=name)
+    bound = functools.partial(make, **arguments)
+    _try(bound, name)
+    return lambda groups, lr: bound(list(groups), lr=lr)
+
+
+def _try(make: Callable[..., Any], name: str) -> None:
+    """Makes the optimiser of one parameter, so that a value which it refuses is found before the model is read."""
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    try:
+        made = make([{"params": [parameter], "lr": 1e-4}], lr=1e-4)
+    except HyimgError:
+        raise
+    except Exception as error:
+        raise HyimgError(
+            f"the optimiser `{name}` refuses its arguments: {type(error).__name__}: {error}",
+            hint="mend `--optimizer_args`",
+        ) from error
+    if not isinstance(made, Optimizer):
+        raise HyimgError(f"`{name}` is no optimiser: it makes a {type(made).__name__}")

@@ -7,22 +7,24 @@ NAME.metrics.jsonl                one line a step         NAME.run.toml   every 
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tomli_w
+import torch
+from filelock import FileLock, Timeout
 
-from hyimg.cache.atomic import atomic_write_text, require_writable_folder
+from hyimg.cache.atomic import TEMPORARY_SUFFIX, atomic_write_text, require_writable_folder
 from hyimg.config.load import flatten
+from hyimg.config.names import check_plain_name
 from hyimg.config.option import all_options
-from hyimg.errors import HyimgError
+from hyimg.errors import HyimgError, RunError
 from hyimg.lora.file import convert, save_lora
-
-if TYPE_CHECKING:
-    import torch
 
 COMFY_FOLDER = "comfy"
 
@@ -66,14 +68,11 @@ class RunFolder:
         ]
 
     def check(self, *, overwrite: bool) -> None:
-        """Finds out before any long work whether this run may be written here; changes nothing.
+        """Finds out before any long work whether this run may be written here; leaves nothing behind.
 
         Raises HyimgError for a name that is a path, a folder that cannot be written, or a used name.
         """
-        if not self.name or Path(self.name).name != self.name:
-            raise HyimgError(
-                f"`--output_name` `{self.name}` must be a plain name", hint="the folder is `--output_dir`"
-            )
+        check_plain_name(self.name, "--output_name")
         require_writable_folder(self.directory)
         # options and metrics alone are no loss: a dry run or an early stop leaves them
         used = [path for path in self.used_files() if path.suffix == ".safetensors"]
@@ -83,11 +82,52 @@ class RunFolder:
                 hint="choose another `--output_name`, or give `--overwrite` to replace it",
             )
 
-    def begin(self, config: object) -> None:
-        """Removes the files of an earlier run of this name and writes the resolved options."""
-        for path in self.used_files():
-            path.unlink()
-        self.write_config(config)
+    @contextmanager
+    def claim(self, config: object, *, overwrite: bool) -> Iterator[None]:
+        """The time of a run: no other run has the name meanwhile, and `config` is written.
+
+        The files of an earlier run are set aside, removed by the first save, and put back where the run fails
+        before it. Raises HyimgError as `check`, and where another process trains under the name.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.directory / f".{self.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise HyimgError(
+                f"another process is training `{self.name}` in `{self.directory}`",
+                hint="wait for it, or choose another `--output_name`",
+            ) from error
+        try:
+            self._put_back()  # of a run that was killed before its first save
+            self.check(overwrite=overwrite)
+            for path in self.used_files():
+                self._move(path, self._aside / path.relative_to(self.directory))
+            self.write_config(config)
+            yield
+        finally:
+            self._put_back()
+            # unlinked while it is held, so that nobody can hold the old file and another the new one
+            with suppress(OSError):
+                Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    @property
+    def _aside(self) -> Path:
+        return self.directory / f".{self.name}.replaced"
+
+    def _put_back(self) -> None:
+        """Restores files that are set aside, unless the run that replaces them has saved a LoRA."""
+        if self._aside.is_dir():
+            has_saved = any(path.suffix == ".safetensors" for path in self.used_files())
+            for path in [p for p in self._aside.rglob("*") if p.is_file() and not has_saved]:
+                self._move(path, self.directory / path.relative_to(self._aside))
+            shutil.rmtree(self._aside)
+
+    @staticmethod
+    def _move(path: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
 
     def write_config(self, config: object) -> None:
         """Writes every option, resolved: `hyimg train --config NAME.run.toml` repeats the run."""
@@ -100,21 +140,40 @@ class RunFolder:
         metadata: Mapping[str, str],
         dtype: torch.dtype,
     ) -> list[Path]:
-        """Saves a LoRA in the forms that `save_format` names; `path` is one of `lora_path`. Gives the files."""
+        """Saves a LoRA in the forms that `save_format` names; `path` is one of `lora_path`. Gives the files.
+
+        Raises RunError where a weight is not finite in `dtype`, or the disk is full.
+        """
+        for name, tensor in state.items():
+            if not bool(torch.isfinite(tensor.to(dtype)).all()):
+                raise RunError(
+                    f"`{name}` is not finite as {dtype}; nothing was saved as `{path.name}`",
+                    hint="use `--save_precision bf16` or `float`, or lower `--learning_rate`",
+                )
         comfy_path = path.parent / COMFY_FOLDER / path.name
         saved = []
-        source = path
         if self.save_format == "comfy":
-            source = path.with_name(f".{path.name}.kohya")
+            source = path.with_name(f".{path.name}.kohya{TEMPORARY_SUFFIX}")
         else:
+            source = path
             saved.append(path)
-        save_lora(source, state, metadata, dtype=dtype)
-        if self.save_format != "kohya":
-            convert(source, comfy_path, to="comfy")
-            saved.append(comfy_path)
-        if self.save_format == "comfy":
-            source.unlink()
+        try:
+            save_lora(source, state, metadata, dtype=dtype)
+            if self.save_format != "kohya":
+                convert(source, comfy_path, to="comfy")
+                _flush(comfy_path)
+                saved.append(comfy_path)
+        finally:
+            if self.save_format == "comfy":
+                source.unlink(missing_ok=True)
+        shutil.rmtree(self._aside, ignore_errors=True)
         return saved
+
+
+def _flush(path: Path) -> None:
+    """To the disk, which a conversion does not wait for: of some runs this is the only file."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
 
 
 def config_toml(config: object) -> str:

@@ -43,8 +43,53 @@ def test_a_full_disk_is_a_failed_run_and_an_unwritable_folder_wrong_input(tmp_pa
 
 
 def test_a_folder_is_tried_before_long_work(tmp_path: Path) -> None:
-    assert require_writable_folder(tmp_path / "run").is_dir()
-    assert os.listdir(tmp_path / "run") == []
+    assert require_writable_folder(tmp_path / "new" / "run") == tmp_path / "new" / "run"
+    require_writable_folder(tmp_path)
+    assert os.listdir(tmp_path) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(HyimgError):
         require_writable_folder(tmp_path / "file")
+    with pytest.raises(HyimgError, match="cannot write in the folder"):
+        require_writable_folder(tmp_path / "file" / "run")
+    with pytest.raises(HyimgError, match="too long"):
+        require_writable_folder(tmp_path / "new" / ("x" * 300))
+    with pytest.raises(HyimgError, match="cannot be the name"):
+        require_writable_folder(tmp_path / "\ud800")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_nothing_but_a_file_is_replaced_and_a_link_stays_a_link(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, reason in (("pipe", "a device or a pipe"), ("folder", "it is a folder")):
+        with pytest.raises(HyimgError, match=reason):
+            atomic_write_text(tmp_path / name, "text")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for text in ("first", "second"):
+        atomic_write_text(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "target").read_text() == text
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(HyimgError, match="circle"):
+        atomic_write_text(tmp_path / "circle", "text")
+
+
+def test_every_failed_write_is_a_sentence(tmp_path: Path) -> None:
+    for number in (errno.EIO, errno.EINVAL, errno.ENOENT):
+        with (
+            pytest.raises(HyimgError, match=f"cannot write `a` .*{os.strerror(number)}"),
+            atomic_path(tmp_path / "a"),
+        ):
+            raise OSError(number, os.strerror(number))
+    with pytest.raises(HyimgError, match="because of `source`"), atomic_path(tmp_path / "a"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "source")
+    with pytest.raises(HyimgError, match="too long"):
+        atomic_write_text(tmp_path / ("x" * 300), "text")
+    for name in ("\ud800", "a\0b"):
+        with pytest.raises(HyimgError, match="cannot be the name"):
+            atomic_write_text(tmp_path / name, "text")
+    with pytest.raises(HyimgError, match="UTF-8"):
+        atomic_write_text(tmp_path / "a", "\udcff")
+    assert os.listdir(tmp_path) == []
+    atomic_write_text(tmp_path / ("x" * 250), "as long as the file system takes")

@@ -40,10 +40,14 @@ def test_a_file_replaced_by_one_of_equal_size_and_time_is_read_again(
     assert file_identity(model, index) == hashlib.sha256(b"other").hexdigest()
 
 
-def test_two_writes_within_one_tick_of_the_clock_are_told_apart(tmp_path: Path) -> None:
+def test_two_writes_within_one_tick_of_the_clock_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     index = Index(tmp_path)
     model = tmp_path / "model.safetensors"
     for clock in (time.time_ns(), time.time_ns() // 10**9 * 10**9):  # and one of whole seconds
+        # stands still, since a busy machine may take longer than a tick for what follows
+        monkeypatch.setattr("hyimg.cache.identity.time.time_ns", lambda clock=clock: clock + 5_000_000)
         for data in (b"first", b"other"):
             model.write_bytes(data)
             os.utime(model, ns=(clock, clock))
@@ -65,3 +69,10 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         file_identity(tmp_path / "nowhere.safetensors")
     with pytest.raises(HyimgError, match="holds no"):
         file_identity(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(HyimgError, match="device or a pipe"):
+        file_identity(tmp_path / "pipe")

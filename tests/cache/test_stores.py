@@ -17,7 +17,7 @@ from hyimg.cache.entry_file import RawTensor
 from hyimg.cache.index import Index
 from hyimg.cache.latents import LatentEntry, LatentRecipe, LatentStore
 from hyimg.cache.text import TextEntry, TextStore
-from hyimg.errors import RunError
+from hyimg.errors import HyimgError, RunError
 
 RECIPE = LatentRecipe("ab" * 32, bucket=(64, 96), resized=(64, 100), crop=(0, 2), filter="area")
 
@@ -208,3 +208,31 @@ def test_a_cache_that_cannot_be_written_can_be_read(
         return len(good) == 1 and store.read("a cat").text_TD.shape == (2, 4)
 
     assert without_write_permission(folder, reads)
+
+
+def test_damage_that_only_the_reader_sees_is_made_again(tmp_path: Path) -> None:
+    store = LatentStore(tmp_path / "latents", "vae", index=Index(tmp_path))
+    store.write(RECIPE, latent())
+    key = store.key(RECIPE)
+    path, stat = store.path(key), store.path(key).stat()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+    assert store.good([key]) == {key}, "size and time are those of the entry that was right"
+    with pytest.raises(DamagedEntryError, match="checksum"):
+        store.read(RECIPE)
+    assert store.good([key]) == set()
+    store.write(RECIPE, latent())
+    assert store.good([key]) == {key}
+
+
+def test_a_folder_in_the_place_of_an_entry_is_damage_that_says_what_to_remove(tmp_path: Path) -> None:
+    store = LatentStore(tmp_path, "vae", index=Index(None))
+    key = store.key(RECIPE)
+    store.path(key).mkdir(parents=True)
+    assert store.good([key]) == set()
+    with pytest.raises(DamagedEntryError, match=r"it is a folder\nhint: remove the folder"):
+        store.read(RECIPE)
+    with pytest.raises(HyimgError, match=f"{key}.* is a folder\nhint: .*remove the folder"):
+        store.write(RECIPE, latent())

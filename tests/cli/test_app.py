@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
+import tomli
 import typer
 
 from hyimg.cli.app import run
@@ -152,6 +157,115 @@ def test_interrupts_end_with_their_code(monkeypatch, capsys):
     monkeypatch.setattr(module, "app", interrupt)
     assert run([]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.fixture
+def command_that(monkeypatch):
+    """A command line `do` that raises, its options being those of `train`."""
+    from hyimg.cli import app as module
+
+    def make(error):
+        def fail(config, report):
+            """Fails."""
+            raise error
+
+        own = typer.Typer()
+        own.callback()(lambda: None)
+        add_command(own, "do", configs.TrainConfig, fail, panel="x")
+        monkeypatch.setattr(module, "app", own)
+        monkeypatch.setattr(load, "check_inputs", lambda config: None)
+        return ["do", *TRAIN]
+
+    return make
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (KeyError("x"), ["error: unexpected KeyError: 'x'", "hint: run again with `--traceback`"]),
+        (AssertionError(), ["error: unexpected AssertionError\n", "report it"]),
+        (MemoryError(), ["error: out of memory\n", "hint: "]),
+        (
+            OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has\nmore"),
+            ["error: out of memory: CUDA out of memory\n", "gradient_checkpointing"],
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ["error: out of memory"]),
+    ],
+)
+def test_what_nobody_foresaw_is_one_sentence_and_exit_code_1(command_that, error, parts, capsys):
+    arguments = command_that(error)
+    assert run(arguments) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+    with pytest.raises(type(error)):
+        run([*arguments, "--traceback"])
+    with pytest.raises(type(error)):
+        run(["--traceback", *arguments])
+
+
+def test_an_interrupted_command_says_so(command_that, capsys):
+    assert run(command_that(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_traceback_may_be_the_value_of_an_option(parse):
+    code, config = parse(configs.TrainConfig, *TRAIN, "--training_comment", "--traceback", "--seed", "1")
+    assert (code, config.metadata.training_comment) == (0, "--traceback")
+    assert parse(configs.TrainConfig, *TRAIN, "--gradient_checkpointing", "--traceback")[0] == 0
+
+
+def test_a_reader_that_leaves_ends_the_command_without_a_word():
+    pipe = subprocess.Popen(
+        [sys.executable, "-m", "hyimg", "plugins"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    pipe.stdout.close()
+    assert pipe.wait() == 1
+    assert pipe.stderr.read() == b""
+    pipe.stderr.close()
+
+
+def test_dataset_flags_are_answered_with_the_file_that_they_make(parse, capsys):
+    flags = "--train_data_dir pictures --resolution 1024,1024 --enable_bucket --min_bucket_reso=256".split()
+    assert parse(configs.TrainConfig, *TRAIN, *flags, "--shuffle-caption", "--color_aug")[0] == 2
+    err = capsys.readouterr().err
+    assert "`--train_data_dir`, `--resolution`" in err
+    assert "`--color_aug`: it cannot be used with cached latents" in err
+    shown = err.partition("data.toml`:\n")[2]
+    assert tomli.loads(textwrap.dedent(shown)) == {
+        "general": {"enable_bucket": True, "min_bucket_reso": 256, "shuffle_caption": True},
+        "datasets": [{"resolution": 1024, "subsets": [{"image_dir": "pictures"}]}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--optimizer_type", "X", "--use_8bit_adam"], 0, "AdamW8bit` here"),
+        (["--use_8bit_adam", "--optimizer_type", "X"], 0, "AdamW8bit` here"),
+        (["--optimizer_schedulefree_wrapper"], 2, "use another `--optimizer_type`"),
+        (["--schedulefree_wrapper_args", "momentum=0.9", "a=1"], 2, "use another `--optimizer_type`"),
+        (["--save_n_epoch_ratio", "3"], 2, "--save_every_n_epochs"),
+        (["--sample_sampler", "euler_a"], 0, "no effect here"),
+        (["--initial_epoch", "3"], 2, "knows its epoch and step"),
+        (["--initial_step", "3"], 2, "knows its epoch and step"),
+        (["--token_warmup_step", "3"], 2, "cached text"),
+        (["--face_crop_aug_range", "1,2"], 2, "cached latents"),
+        (["--network_train_unet_only"], 0, "always so"),
+        (["--no_network_train_unet_only"], 2, "text encoders are never trained"),
+    ],
+)
+def test_further_flags_of_the_reference_tool_are_answered(parse, capsys, flags, code, words):
+    answer, config = parse(configs.TrainConfig, *TRAIN, *flags)
+    assert answer == code
+    assert words in capsys.readouterr().err
+    if "--optimizer_type" in flags:
+        assert config.optimizer.optimizer_type == "AdamW8bit"
 
 
 def test_help_lists_what_works_and_hides_what_does_not_yet(capsys):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
 import pytest
+import tomli
 
 from hyimg.config import commands
-from hyimg.config.load import flatten, make, select
+from hyimg.config.dataset_flags import dataset_toml
+from hyimg.config.load import check_inputs, flatten, make, select
+from hyimg.config.names import check_plain_name
 from hyimg.config.option import all_options
 from hyimg.errors import HyimgError
 
@@ -186,3 +190,127 @@ def test_every_option_of_the_specification_is_known():
     train = {name for opt in all_options(commands.TrainConfig) for name in (opt.name, *opt.traits.aliases)}
     for name in SPECIFIED_FOR_TRAIN.split():
         assert name in train, name
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"seed": str(2**64)}, "must be at most 18446744073709551615, got 18446744073709551616"),
+        ({"seed": "9" * 2000}, "must be at most 18446744073709551615, got a number of 2000 digits"),
+        ({"max_train_steps": str(10**30)}, "must be at most"),
+        ({"network_dim": "99999"}, "must be at most 4096, got 99999: the layers are 3584 wide"),
+        ({"output_name": "caf\udce9"}, r"must be UTF-8 text, got `caf\\udce9`"),
+        ({"output_dir": "caf\udce9"}, "must be UTF-8 text"),
+        ({"output_dir": "a\0b"}, "zero byte"),
+        ({"output_dir": "~nobody-of-this-name/x"}, "must be a path"),
+        ({"network_train_unet_only": False}, "cannot be `false`: the text encoders are never trained"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused_at_once(given, reason):
+    with pytest.raises(HyimgError, match=reason):
+        make(commands.TrainConfig, {**TRAIN, **given})
+
+
+def test_the_largest_seed_is_kept_exactly():
+    assert make(commands.TrainConfig, {**TRAIN, "seed": str(2**64 - 1)}).duration.seed == 2**64 - 1
+    infer = {"vae": "v", "save_path": "o"}
+    with pytest.raises(HyimgError, match="`--seed` must be at most"):
+        make(commands.InferConfig, {**infer, "seed": 2**64})
+
+
+@pytest.mark.parametrize("option", ["output_name", "log_tracker_name", "log_prefix"])
+@pytest.mark.parametrize(
+    "name", [".", "..", "a/b", "a\\b", "a:b", "what?", "NUL", "com1.txt", "x" * 201, "a.", "a\tb", " "]
+)
+def test_names_that_some_system_cannot_hold_are_refused(option, name):
+    with pytest.raises(HyimgError, match=f"`--{option}` must be a plain name"):
+        make(commands.TrainConfig, {**TRAIN, option: name})
+
+
+@pytest.mark.parametrize("name", ["lora", "my lora v1.5", "猫", "console", "x" * 200])
+def test_plain_names_are_taken(name):
+    assert make(commands.TrainConfig, {**TRAIN, "output_name": name}).saving.output_name == name
+    check_plain_name(name, "--output_name")
+
+
+def test_a_name_is_refused_with_its_option_and_hint():
+    with pytest.raises(HyimgError, match="`--output_name` `a/b` must be a plain name: it holds `/`\nhint: x"):
+        check_plain_name("a/b", "--output_name", hint="x")
+
+
+def test_a_run_file_cannot_name_another(run_file):
+    path = run_file('config = "other.toml"\n')
+    with pytest.raises(HyimgError, match="`config` in .*: a run file cannot name another"):
+        make(commands.TrainConfig, TRAIN, run_file=path)
+
+
+def test_a_run_file_that_is_no_file_or_nested_without_end_is_a_sentence(run_file, tmp_path):
+    with pytest.raises(HyimgError, match="nested too deeply|not valid TOML"):
+        make(commands.TrainConfig, TRAIN, run_file=run_file("a = " + "[" * 200_000))
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(HyimgError, match="device or a pipe"):
+            make(commands.TrainConfig, TRAIN, run_file=tmp_path / "pipe")
+
+
+def test_inputs_that_are_no_files_are_named_with_their_options(tmp_path):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    given = {"dit": tmp_path / "circle", "dataset_config": "x" * 5000, "output_dir": "o"}
+    with pytest.raises(HyimgError) as told:
+        check_inputs(make(commands.TrainConfig, given))
+    assert "`--dit`: `" in told.value.message
+    assert "cannot be read" in told.value.message
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(HyimgError, match="`--dit`: .* is a device or a pipe"):
+            check_inputs(make(commands.TrainConfig, {**given, "dit": tmp_path / "pipe"}))
+
+
+def test_what_is_always_so_is_noted_for_the_flag_alone(run_file):
+    notes = []
+    make(commands.TrainConfig, {**TRAIN, "network_train_unet_only": True}, notes=notes)
+    assert notes == [
+        "`--network_train_unet_only`: it is always so: the text encoders are never trained for this model"
+    ]
+    notes = []
+    path = run_file("network_train_unet_only = true\n")
+    make(commands.TrainConfig, TRAIN, run_file=path, notes=notes)
+    assert notes == []  # a run's own file says it, and nobody typed it
+
+
+def test_dataset_keys_in_a_run_file_are_answered_with_a_dataset_file(run_file):
+    path = run_file("resolution = 512\nenable_bucket = true\nflip_aug = false\nseed = 1.5\n")
+    with pytest.raises(HyimgError) as told:
+        make(commands.TrainConfig, TRAIN, run_file=path)
+    assert "`resolution`, `enable_bucket`: the dataset is described in a file" in told.value.message
+    assert "flip_aug" not in told.value.message
+    assert "`--seed`" in told.value.message
+
+
+def test_a_dataset_file_made_from_flags_can_be_read(tmp_path):
+    for name in ("10_ohwx man", "3_dog", "other"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    (tmp_path / "reg").mkdir()
+    given = {
+        "train_data_dir": str(tmp_path / "train"),
+        "reg_data_dir": str(tmp_path / "reg"),
+        "resolution": "1024,768",
+        "enable_bucket": "",
+        "keep_tokens": "2",
+        "caption_dropout_rate": "0.1",
+        "keep_tokens_separator": "|||",
+    }
+    document = tomli.loads(dataset_toml(given))
+    assert document["general"] == {
+        "enable_bucket": True,
+        "keep_tokens": 2,
+        "caption_dropout_rate": 0.1,
+        "keep_tokens_separator": "|||",
+    }
+    (dataset,) = document["datasets"]
+    assert dataset["resolution"] == [1024, 768]
+    assert dataset["subsets"] == [
+        {"image_dir": str(tmp_path / "train" / "10_ohwx man"), "num_repeats": 10, "class_tokens": "ohwx man"},
+        {"image_dir": str(tmp_path / "train" / "3_dog"), "num_repeats": 3, "class_tokens": "dog"},
+        {"image_dir": str(tmp_path / "reg"), "is_reg": True},
+    ]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -154,10 +155,36 @@ def test_a_refused_key_that_asks_for_nothing_is_taken() -> None:
         ({"resolution": 64, "caption_dropout_rate": 1.5}, "between 0 and 1"),
         ({"resolution": 64, "is_reg": True}, "`is_reg` belongs in [[datasets.subsets]]"),
         ({"resolution": True}, "a whole number"),
+        ({"resolution": 10**9}, "`resolution` must be at most 16384"),
+        ({"resolution": [64, 10**400]}, "must be at most 16384"),
+        ({"resolution": 64, "max_bucket_reso": 10**9}, "`max_bucket_reso` must be at most 16384"),
+        ({"resolution": 64, "bucket_reso_steps": 32 * 10**9}, "`bucket_reso_steps` must be at most 16384"),
+        ({"resolution": 64, "network_multiplier": math.nan}, "must be a finite number"),
+        ({"resolution": 64, "network_multiplier": 10**400}, "must be a finite number"),
+        ({"resolution": 64, "prior_loss_weight": math.inf}, "must be a number of at least 0"),
+        ({"resolution": 64, "prior_loss_weight": 10**400}, "must be a number of at least 0"),
     ],
 )
 def test_contradictions_and_wrong_values_are_named(dataset: dict[str, object], told: str) -> None:
     assert told in complaint(dataset)
+
+
+@pytest.mark.parametrize("resolution", ["512", 1000, [1]])
+def test_a_wrong_resolution_is_not_called_missing_too(resolution: object) -> None:
+    assert "missing" not in complaint({"resolution": resolution})
+    with pytest.raises(HyimgError) as told:
+        parse_dataset(
+            {"general": {"resolution": resolution}, "datasets": [{"subsets": [{"image_dir": "cats"}]}]},
+            Path("set.toml"),
+        )
+    assert "missing" not in told.value.message
+
+
+def test_paths_that_no_system_takes_are_problems_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for name in ("x" * 5000, "circle", "a\0b", "\ud800", "~nobody-of-this-name/x"):
+        assert "`image_dir`" in (told := complaint({"resolution": 64}, {"image_dir": name}))
+        assert len(told) < 1000
 
 
 def test_masks_and_metadata_cannot_be_combined_with_what_excludes_them(tmp_path: Path) -> None:
@@ -193,7 +220,15 @@ def test_the_first_of_duplicate_subsets_counts_and_zero_repeats_leave_one_out() 
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("a.toml", "x = ["), ("a.json", "{"), ("a.json", "[]"), ("b.toml", ""), ("c.toml", None)],
+    [
+        ("deep.json", "[" * 200_000),
+        ("deep.toml", "x = " + "[" * 200_000),
+        ("a.toml", "x = ["),
+        ("a.json", "{"),
+        ("a.json", "[]"),
+        ("b.toml", ""),
+        ("c.toml", None),
+    ],
 )
 def test_a_file_that_is_no_dataset_file_is_named(tmp_path: Path, name: str, text: str | None) -> None:
     if text is not None:

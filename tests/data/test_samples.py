@@ -123,6 +123,35 @@ def test_a_folder_without_images_is_an_error_that_looks_one_deeper(
         scan(dataset())
 
 
+def test_links_that_lead_nowhere_and_odd_names_are_named(
+    tmp_path: Path, add_image: AddImage, dataset: MakeDataset
+) -> None:
+    images = tmp_path / "images"
+    add_image(images / "good.png")
+    for name, target in (("circle", "circle.png"), ("lost", "nowhere.png")):
+        (images / f"{name}.png").symlink_to(images / target)
+        (images / f"{name}.txt").write_text("a cat")
+        with pytest.raises(HyimgError, match=f"`.*{name}.png`"):
+            scan(dataset())
+        (images / f"{name}.png").unlink()
+    try:
+        odd = Path(os.fsdecode(os.fsencode(images) + b"/caf\xe9.png"))
+        odd.write_bytes(b"")
+    except OSError:
+        pytest.skip("a file system that takes UTF-8 names only")
+    with pytest.raises(HyimgError, match=r"names are not UTF-8: `caf\\udce9.png`"):
+        scan(dataset())
+
+
+def test_a_metadata_file_nested_without_end_is_a_sentence(tmp_path: Path, add_image: AddImage) -> None:
+    add_image(tmp_path / "a.png", caption=None)
+    (tmp_path / "m.json").write_text("[" * 200_000)
+    subset = {"image_dir": str(tmp_path), "metadata_file": str(tmp_path / "m.json")}
+    read = parse_dataset({"datasets": [{"resolution": 64, "subsets": [subset]}]}, tmp_path / "set.toml")
+    with pytest.raises(HyimgError, match=r"m\.json`: it is nested too deeply"):
+        scan(read, Index(None))
+
+
 def test_doubtful_things_are_noted(tmp_path: Path, add_image: AddImage, dataset: MakeDataset) -> None:
     path = add_image(tmp_path / "images" / "a.png")
     path.with_suffix(".caption").write_text("other")

@@ -140,7 +140,10 @@ def test_what_a_prompt_line_means(line: str, fields: dict[str, Any]) -> None:
 
 
 def test_bad_keys_of_tables_are_errors_and_strange_ones_are_kept(tmp_path: Path) -> None:
-    content = '[{"prompt": "a", "widht": 64}, {"prompt": "b", "seed": true}, {"width": 64}, 5, {"prompt": 3}]'
+    content = (
+        '[{"prompt": "a", "widht": 64}, {"prompt": "b", "seed": true}, {"width": 64}, 5, {"prompt": 3}, '
+    )
+    content += '{"prompt": null}, {"prompt": "c", "scale": 1' + "0" * 400 + "}]"
     with pytest.raises(HyimgError) as caught:
         load_prompts(write(tmp_path, ".json", content))
     lines = caught.value.message.splitlines()[1:]
@@ -150,6 +153,8 @@ def test_bad_keys_of_tables_are_errors_and_strange_ones_are_kept(tmp_path: Path)
         ("3", "it has no `prompt`"),
         ("4", "it is neither a prompt line nor a table of keys"),
         ("5", "`prompt = 3` is not text"),
+        ("6", "it has no `prompt`"),
+        ("7", f"`scale = 1{'0' * 400}` is not a number"),
     ]
     (spec,) = load_prompts(write(tmp_path, ".json", '[{"prompt": "a", "mood": "blue", "seed": null}]'))
     assert (spec.extra, spec.seed) == ({"mood": "blue"}, None)
@@ -164,6 +169,10 @@ def test_bad_keys_of_tables_are_errors_and_strange_ones_are_kept(tmp_path: Path)
         (".json", "{}", "is not a list"),
         (".toml", "[prompt", "is not TOML"),
         (".toml", "width = 64", "has no prompts"),
+        (".json", "[" * 100_000, "nested too deeply"),
+        (".toml", "a = " + "[" * 100_000, "nested too deeply"),
+        (".json", "[" + "9" * 5000 + "]", "is not JSON"),
+        (".toml", "a = " + "9" * 5000, "is not TOML"),
         (".csv", "a", "neither .txt, .toml nor .json"),
     ],
 )

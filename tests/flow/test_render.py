@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hyimg.errors import HyimgError
+from hyimg.errors import HyimgError, RunError
 from hyimg.flow.guidance import Guidance, GuidanceSettings
 from hyimg.flow.noise import initial_noise
 from hyimg.flow.render import Denoiser, render_latent
@@ -256,3 +256,21 @@ def test_the_real_model_renders_alike_with_one_call_and_with_two() -> None:
     assert apart.isfinite().all()
     assert not apart.requires_grad
     torch.testing.assert_close(latent(one_call=True), apart, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_latent_that_is_not_finite_is_a_failed_run(value: float) -> None:
+    class Broken(FakeDiT):
+        @staticmethod
+        def answer(latent_BCHW: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(latent_BCHW, value)
+
+    with pytest.raises(RunError, match="^the latent is not finite") as caught:
+        render(Broken(), scale=1.0)
+    for word in ("LoRA", "`--lora_multiplier`", "`--guidance_scale`"):
+        assert word in str(caught.value.hint)
+
+
+def test_a_samplers_fault_carries_the_name_that_the_user_gave() -> None:
+    with pytest.raises(RunError, match="the sampler `mine` returned NoneType"):
+        render(FakeDiT(), sampler=lambda *_: None, sampler_name="mine")

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
 
-from hyimg.errors import HyimgError
+from hyimg.errors import HyimgError, RunError
 from hyimg.flow.builtins import LOSSES, SAMPLERS, TIMESTEP_SAMPLERS
-from hyimg.flow.samplers import Sampler, check_sampler, dpmpp_2m, euler, heun
+from hyimg.flow.samplers import Sampler, check_sampler, dpmpp_2m, euler, heun, run_sampler
 from hyimg.flow.schedule import inference_sigmas
 
 # Images of one pixel: normally distributed with these values. The best estimate of the clean image, and the
@@ -137,3 +138,40 @@ def test_a_distilled_model_is_rendered_with_straight_steps_only() -> None:
         assert "euler" in str(caught.value.hint)
     check_sampler("euler", meanflow=True)
     check_sampler("somebody's own", meanflow=True)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "words"),
+    [
+        (lambda *_: None, "returned NoneType, not a latent"),
+        (
+            lambda denoise, x, sigmas, callback: x[0],
+            r"returned torch.float64 of shape \(1, 3, 3\) for a latent",
+        ),
+        (lambda denoise, x, sigmas, callback: x.long(), "returned torch.int64"),
+        (lambda denoise, x, sigmas: x, "failed: TypeError"),
+        (lambda denoise, x, sigmas, callback: denoise(x), "failed: TypeError"),
+        (lambda denoise, x, sigmas, callback: x[9], "failed: IndexError"),
+    ],
+)
+def test_a_sampler_that_fails_is_named_as_the_user_called_it(sampler: Sampler, words: str) -> None:
+    with pytest.raises(RunError, match=f"^the sampler `mine` {words}"):
+        run_sampler(sampler, "mine", estimate, noise(), inference_sigmas(2))
+
+
+@pytest.mark.parametrize("where", ["denoise", "callback"])
+def test_what_fails_under_a_sampler_is_not_its_fault(where: str) -> None:
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError(where)
+
+    denoise, callback = (fail, None) if where == "denoise" else (estimate, fail)
+    with pytest.raises(ZeroDivisionError, match=where):
+        run_sampler(heun, "heun", denoise, noise(), inference_sigmas(2), callback)
+
+
+def test_a_lack_of_memory_is_not_a_samplers_fault() -> None:
+    def sampler(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run_sampler(sampler, "mine", estimate, noise(), inference_sigmas(2))

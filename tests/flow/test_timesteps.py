@@ -125,3 +125,32 @@ def test_an_impossible_timestep_range_is_refused(low: int, high: int) -> None:
         sample_sigmas(
             sampler("uniform"), draw(0, 0, [("a", 0)]), context(), min_timestep=low, max_timestep=high
         )
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ([0.5, 0.5], "returned list, not a tensor"),
+        (torch.tensor(0.5), r"shape \(\) for 2 images"),
+        (torch.full((2, 1), 0.5), r"shape \(2, 1\) for 2 images"),
+        (torch.tensor([1, 0]), "returned torch.int64"),
+        (torch.tensor([0.5, 500.0]), "the noise level 500"),
+        (torch.tensor([-0.1, 0.5]), "the noise level -0.1"),
+        (torch.tensor([0.5, math.nan]), "the noise level nan"),
+    ],
+)
+def test_a_sampler_that_returns_no_noise_levels_is_named(answer: Any, words: str) -> None:
+    def of_a_plugin(draws: Draws, context: TimestepContext) -> Any:
+        return answer
+
+    draws = draw(0, 0, [("a", 0), ("b", 0)])
+    with pytest.raises(HyimgError, match=words) as caught:
+        sample_sigmas(of_a_plugin, draws, context())
+    assert "`of_a_plugin`" in caught.value.message
+
+
+def test_a_rounding_over_one_and_another_precision_are_taken() -> None:
+    draws = draw(0, 0, [("a", 0), ("b", 0)])
+    sigma_B = sample_sigmas(lambda draws, context: torch.tensor([1.0000001, 0.25]).double(), draws, context())
+    assert sigma_B.dtype == torch.float32
+    assert sigma_B.tolist() == [1.0, 0.25]

@@ -271,6 +271,14 @@ PEFT_DOWN = "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight"
 SPLIT = "transformer.transformer_blocks.0.attn.to_q"
 # What is put into the golden file (None: taken out), and what the sentence says
 WRONG: dict[str, tuple[dict[str, Tensor | None], str]] = {
+    "integers": (
+        {f"{QKV}.lora_up.weight": torch.zeros(288, 8, dtype=torch.int8)},
+        "`.*lora_up.weight` in .* has the dtype I8",
+    ),
+    "empty": (
+        {f"{QKV}.lora_down.weight": torch.zeros(8, 0), f"{QKV}.lora_up.weight": torch.zeros(0, 8)},
+        "do not make a product",
+    ),
     "unknown": ({"lora_te_x.alpha": torch.tensor(1.0)}, "1 of its 73 tensors.*`lora_te_x.alpha`"),
     "no up": (
         {f"{QKV}.lora_up.weight": None},

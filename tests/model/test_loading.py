@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hyimg.errors import HyimgError
-from hyimg.model.architecture import DIT_TINY, VAE_TINY
+from hyimg.model.architecture import DIT_2_1_DISTILLED, DIT_TINY, VAE_TINY, DiTArch
 from hyimg.model.dit import DiT
+from hyimg.model.dit_shapes import dit_shapes
 from hyimg.model.loading import check_dit, check_vae, load_dit, load_vae
 from hyimg.model.random_init import init_random
 from hyimg.model.safetensors_file import Checkpoint, identify, read_header
@@ -285,3 +288,62 @@ def test_lora_files_of_all_formats_and_unknown_files_are_told_apart() -> None:
         == "dit"
     )
     assert identify(["some.weight"]) == "unknown"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(HyimgError, match="device or a pipe"):
+        read_header(tmp_path / "pipe.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [
+        (torch.int8, "has the dtype I8"),
+        (torch.uint8, "has the dtype U8"),
+        (torch.int64, "has the dtype I64"),
+        (torch.bool, "has the dtype BOOL"),
+        (torch.float8_e4m3fn, "fp8 checkpoints are not read yet"),
+    ],
+)
+def test_weights_that_are_no_plain_floats_are_refused(
+    tmp_path: Path, weights: dict[str, Tensor], dtype: torch.dtype, reason: str
+) -> None:
+    name = "double_blocks.1.img_mlp.fc1.weight"
+    save_file({**weights, name: weights[name].to(dtype)}, tmp_path / "dit.safetensors")
+    with pytest.raises(HyimgError, match=f"`{name}` in .*{reason}"):
+        check_dit(tmp_path / "dit.safetensors")
+    vae = dict(VAE(VAE_TINY).state_dict())
+    name = "decoder.conv_in.weight"
+    save_file({**vae, name: vae[name].to(dtype)}, tmp_path / "vae.safetensors")
+    with pytest.raises(HyimgError, match=f"`{name}` in .*{reason}"):
+        check_vae(tmp_path / "vae.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["double_blocks.0.img_attn_q_norm.weight", "img_in.proj.weight", "byt5_in.fc1.weight"]
+)
+def test_an_empty_tensor_is_named(tmp_path: Path, weights: dict[str, Tensor], name: str) -> None:
+    save_file({**weights, name: weights[name][:0].clone()}, tmp_path / "dit.safetensors")
+    with pytest.raises(HyimgError, match=f"`{name}` is empty"):
+        check_dit(tmp_path / "dit.safetensors")
+
+
+def test_empty_tensors_of_a_vae_are_named(tmp_path: Path) -> None:
+    state = dict(VAE(VAE_TINY).state_dict())
+    for name in ("encoder.down.1.block.0.conv1.weight", "decoder.conv_in.weight"):
+        save_file({**state, name: state[name][:, :0].clone()}, tmp_path / "vae.safetensors")
+        with pytest.raises(HyimgError, match=f"`{name}` is empty"):
+            check_vae(tmp_path / "vae.safetensors")
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [DIT_2_1_DISTILLED, replace(DIT_TINY, text_dim=96, byt5_dim=40, byt5_hidden=80, mlp_hidden=512)],
+    ids=["distilled", "odd"],
+)
+def test_the_shapes_without_torch_are_the_models(arch: DiTArch) -> None:
+    with torch.device("meta"):
+        model = DiT(arch)
+    assert dit_shapes(arch) == {name: tuple(weight.shape) for name, weight in model.named_parameters()}

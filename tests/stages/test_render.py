@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from hyimg.flow import plan
 from hyimg.flow.pictures import read_settings
+from hyimg.model.safetensors_file import Checkpoint
 
 SIZE = ["--image_size", "64", "96", "--infer_steps", "3"]
+QUICK = ["--image_size", "32", "32", "--infer_steps", "1", "--guidance_scale", "1"]
 MODELS = ["--dit", "{dit}", "--text_encoder", "{text_encoder}", "--byt5", "{byt5}", "--vae", "{vae}"]
 
 
@@ -185,3 +194,141 @@ def test_sample_takes_prompts_from_the_text_cache(hyimg, cached_dataset, infer, 
     code, _, err = hyimg("sample", *arguments, "--cache_dir", cache)
     assert code == 2
     assert "no text cache for the prompt `a prompt that nobody cached`" in err
+
+
+def test_a_file_keeps_the_spelling_that_was_given(hyimg, tmp_path):
+    arguments = [*MODELS, *QUICK, "--prompt", "x", "--save_path", tmp_path / "v1.5.PNG"]
+    code, _, err = hyimg("infer", *arguments, "--output_type", "latent_images")
+    assert code == 0, err
+    assert {path.name for path in tmp_path.iterdir()} == {"v1.5.PNG", "v1.5.safetensors"}
+
+
+def test_a_folder_is_filled_up_after_its_highest_number(hyimg, tmp_path):
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a cat\na dog\n", encoding="utf-8")
+    folder.mkdir()
+    for name in ("0001.png", "0003.SAFETENSORS", "notes-0009.png"):
+        (folder / name).write_bytes(b"mine")
+    code, _, err = hyimg("infer", *MODELS, *QUICK, "--from_file", prompts, "--save_path", folder)
+    assert code == 0, err
+    mine = {path.name for path in folder.iterdir() if path.read_bytes() == b"mine"}
+    assert mine == {"0001.png", "0003.SAFETENSORS", "notes-0009.png"}
+    assert {path.name for path in folder.iterdir()} - mine == {"0004.png", "0005.png"}
+    assert read_settings(folder / "0005.png")["prompt"] == "a dog"
+
+
+def test_no_metadata_holds_for_latents_and_what_is_decoded_from_them(hyimg, infer, tmp_path):
+    latent = infer("--output_type", "latent", "--no_metadata").with_suffix(".safetensors")
+    with safe_open(latent, "pt") as file:
+        assert not file.metadata()
+    decoded = tmp_path / "decoded.png"
+    code, _, err = hyimg("infer", "--vae", "{vae}", "--latent_path", latent, "--save_path", decoded)
+    assert code == 0, err
+    assert read_settings(decoded) is None
+
+
+def test_no_model_file_is_mapped_where_that_is_forbidden(hyimg, tmp_path, monkeypatch):
+    def mapped(self, path):
+        raise AssertionError(f"{path} was mapped")
+
+    monkeypatch.setattr(Checkpoint, "_map", mapped)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('a sign "GO"\n', encoding="utf-8")
+    common = [*MODELS, *QUICK, "--disable_mmap_load_safetensors"]
+    code, _, err = hyimg("infer", *common, "--from_file", prompts, "--save_path", tmp_path / "a.png")
+    assert code == 0, err
+    code, _, err = hyimg("sample", *common, "--prompts", prompts, "--output_dir", tmp_path / "out")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--prompt", "x"],
+        ["--negative_prompt", "x"],
+        ["--from_file", __file__],
+        ["--lora_weight", "{vae}"],
+        ["--lora_multiplier", "0.5"],
+        ["--seed", "0"],
+        ["--infer_steps", "3", "--sampler", "heun"],
+        ["--guidance_rescale", "0.5"],
+    ],
+)
+def test_latents_that_are_rendered_take_no_options_of_rendering(hyimg, tmp_path, given):
+    target = tmp_path / "a.png"
+    code, _, err = hyimg("infer", "--vae", "{vae}", "--latent_path", __file__, "--save_path", target, *given)
+    assert code == 2
+    options = ", ".join(f"`{option}`" for option in given if option.startswith("--"))
+    assert f"`--latent_path` decodes latents that are rendered already and takes no {options}" in err
+
+
+@pytest.mark.parametrize(
+    ("latent", "metadata", "words"),
+    [
+        (torch.zeros(1, 3, 2, 2), {}, "has 3 channels, and the VAE's have 16"),
+        (torch.full((1, 16, 2, 2), math.nan), {}, "is not finite"),
+        (torch.zeros(1, 16, 0, 2), {}, "holds no latent"),
+        (torch.zeros(1, 16, 2, 2), {"hyimg": "{"}, "`hyimg` in the metadata"),
+        (torch.zeros(1, 16, 2, 2), {"hyimg": "[1]"}, "`hyimg` in the metadata"),
+    ],
+)
+def test_a_latent_that_cannot_be_decoded_is_refused_before(
+    hyimg, tmp_path, monkeypatch, latent, metadata, words
+):
+    monkeypatch.setattr(plan, "load_vae", None)
+    path, target = tmp_path / "bad.safetensors", tmp_path / "a.png"
+    save_file({"latent": latent}, path, metadata=metadata)
+    code, _, err = hyimg("infer", "--vae", "{vae}", "--latent_path", path, "--save_path", target)
+    assert code == 2
+    assert words in err
+    assert "bad.safetensors" in err
+    assert not target.exists()
+
+
+def test_numbers_that_run_away_leave_no_picture(hyimg, tmp_path, trained):
+    lora, target = trained / "lora.safetensors", tmp_path / "a.png"
+    arguments = [*MODELS, *QUICK, "--prompt", "x", "--save_path", target, "--output_type", "latent_images"]
+    code, _, err = hyimg("infer", *arguments, "--lora_weight", lora, "--lora_multiplier", "1e38")
+    assert code == 1
+    assert "error: the latent is not finite" in err
+    broken = tmp_path / "broken.safetensors"
+    save_file({name: tensor * math.nan for name, tensor in load_file(lora).items()}, broken)
+    code, _, err = hyimg("infer", *arguments, "--lora_weight", broken)
+    assert code == 2
+    assert "broken.safetensors` holds NaN or infinity" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.safetensors"]
+
+
+def test_sample_takes_any_prompt_and_says_what_it_does(hyimg, tmp_path, trained, monkeypatch):
+    hashed = []
+    identity = plan.file_identity
+    monkeypatch.setattr(plan, "file_identity", lambda path: hashed.append(path.name) or identity(path))
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"prompt": "two\nlines"}, "a dog --w 64 --h 32"]), encoding="utf-8")
+    arguments = [*MODELS, *QUICK, "--prompts", prompts, "--lora_weight", trained / "lora.safetensors"]
+    code, _, err = hyimg("sample", *arguments, "--output_dir", tmp_path / "out")
+    assert code == 0, err
+    assert hashed == ["lora.safetensors"], "once a file, not once an image"
+    assert "32 of 32 modules, multiplier 1" in err
+    for size in ("32x32", "64x32"):
+        assert f"warning: {size} (width x height) is not one of the sizes that the model was made for" in err
+    settings = read_settings(tmp_path / "out" / "001-lora.png")
+    assert settings["prompt"] == "two\nlines"
+    assert settings["loras"][0]["sha256"]
+    assert read_settings(tmp_path / "out" / "001-base.png")["loras"] == []
+
+
+def test_encoders_choose_among_the_text_caches(hyimg, cached_dataset, tmp_path, model):
+    prompts, other = tmp_path / "prompts.txt", tmp_path / "other.safetensors"
+    prompts.write_text("a red square\n", encoding="utf-8")
+    data = bytearray(model.text_encoder.read_bytes())
+    data[-1] ^= 1
+    other.write_bytes(data)
+    cache = cached_dataset.parent / "hyimg-cache"
+    common = ["--dit", "{dit}", "--vae", "{vae}", "--byt5", "{byt5}", *QUICK, "--prompts", prompts]
+    common += ["--cache_dir", cache, "--tokenizer", model.directory, "--output_dir", tmp_path / "out"]
+    code, _, err = hyimg("sample", *common, "--text_encoder", other)
+    assert code == 2
+    assert "no text cache for" in err
+    code, _, err = hyimg("sample", *common, "--text_encoder", "{text_encoder}")
+    assert code == 0, err

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hyimg.model.loading import check_dit, check_vae
 
@@ -44,6 +44,7 @@ def test_wrong_conversions_leave_everything_as_it_was(hyimg, golden, tmp_path, m
         ([source, tmp_path / "x.safetensors", "--reverse", "--to", "peft"], "leave one out"),
         ([model.vae, tmp_path / "x.safetensors"], "not a LoRA but a VAE"),
         ([tmp_path / "none.safetensors", tmp_path / "x.safetensors"], "there is no file"),
+        ([source, tmp_path / "x.ckpt"], "does not end with `.safetensors`"),
     ):
         code, out, err = hyimg("convert-comfy", *arguments)
         assert (code, out) == (2, "")
@@ -97,6 +98,33 @@ def test_the_table_shows_every_module_and_the_totals(hyimg):
 
 
 # ---- make-tiny-model
+
+
+def test_a_checkpoint_is_checked_to_its_last_tensor_without_torch(hyimg, model, tmp_path):
+    state = load_file(model.dit)
+    del state["single_blocks.3.linear2.bias"]
+    state["surplus.weight"] = torch.zeros(1)
+    save_file(state, tmp_path / "dit.safetensors")
+    code, out, err = hyimg("inspect-modules", "--dit", tmp_path / "dit.safetensors")
+    assert (code, out) == (2, "")
+    assert "`single_blocks.3.linear2.bias` is missing; `surplus.weight` is not known" in err
+    code = (
+        "import sys\nfrom hyimg.cli.app import run\n"
+        f"code = run(['inspect-modules', '--json', '--dit', {str(model.dit)!r}])\n"
+        "assert 'torch' not in sys.modules\nsys.exit(code)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+# ---- make-tiny-model
+
+
+def test_a_tokenizer_is_not_replaced_unasked(hyimg, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("mine")
+    code, _, err = hyimg("make-tiny-model", tmp_path)
+    assert code == 2
+    assert "tokenizer.json` exists" in err
+    assert os.listdir(tmp_path) == ["tokenizer.json"]
 
 
 def test_full_depth_has_the_real_number_of_blocks(hyimg, tmp_path):
@@ -198,9 +226,10 @@ MARK = "from hyimg.hookspecs import hookimpl\n@hookimpl\n"
         ("import nothing_of_this_name", ["cannot be imported: ModuleNotFoundError", "bad.py"]),
         (MARK + "def hyimg_loses(): return {}", ["`hyimg_loses`, which is no hook", "hyimg_losses"]),
         (
-            MARK + "def hyimg_losses(): return {'l2': print}",
-            ["gives `l2`", "`hyimg.flow.builtins` has already"],
+            MARK + "def hyimg_losses(): return {'L2': print}",
+            ["gives `L2`", "`hyimg.flow.builtins` has already"],
         ),
+        (MARK + "def hyimg_losses(): return ['l3']", ["the plugin `bad`", "bad.py", "hook `hyimg_losses`"]),
     ],
 )
 def test_a_plugin_that_cannot_be_used_is_one_clear_error(hyimg, cached_dataset, tmp_path, text, words):

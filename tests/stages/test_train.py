@@ -248,3 +248,137 @@ def test_caches_are_filled_first_when_asked(own_dataset, hyimg, tmp_path):
     assert "latents: all 5 are cached" in err
     assert "text: 1 prompt made" in err
     assert (tmp_path / "out" / "lora.safetensors").is_file()
+
+
+# ---- what a failed, refused or second run leaves
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def nan_plugin(tmp_path, first_bad_step):
+    """A plugin whose loss is NaN from that step on."""
+    file = tmp_path / "nan.py"
+    file.write_text(
+        "from hyimg.hookspecs import hookimpl\ncalls = []\n"
+        "def bad(prediction, target, context):\n"
+        "    calls.append(1)\n"
+        "    loss_B = (prediction - target).square().flatten(1).mean(1)\n"
+        f"    return loss_B * float('nan') if len(calls) >= {first_bad_step} else loss_B\n"
+        "@hookimpl\ndef hyimg_losses():\n    return {'bad': bad}\n",
+        encoding="utf-8",
+    )
+    return ["--plugin", file, "--loss_type", "bad"]
+
+
+def test_a_failed_run_gives_back_what_it_was_to_replace(train, hyimg, tmp_path, cached_dataset):
+    folder = train()
+    before = files(folder)
+    again = ["--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", folder, "--overwrite"]
+    code, _, err = hyimg("train", *again, *nan_plugin(tmp_path, 1))
+    assert code == 1
+    assert "not finite at step 1" in err
+    assert files(folder) == before
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_a_run_that_fails_later_keeps_what_it_saved(hyimg, tmp_path, cached_dataset):
+    folder = tmp_path / "out"
+    arguments = ["--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", folder]
+    code, _, err = hyimg("train", *arguments, "--save_every_n_steps", "2", *nan_plugin(tmp_path, 4))
+    assert code == 1
+    assert "not finite at step 4" in err
+    assert {p.name for p in folder.glob("*.safetensors")} == {"lora-step00000002.safetensors"}
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
+
+
+def test_two_runs_of_one_name_at_once_are_refused(train, hyimg, cached_dataset, tmp_path):
+    from filelock import FileLock
+
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    with FileLock(folder / ".lora.lock"):
+        arguments = ["--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", folder]
+        code, _, err = hyimg("train", *arguments)
+    assert code == 2
+    assert "another process is training `lora`" in err
+
+
+def test_files_set_aside_by_a_killed_run_come_back(train, hyimg, cached_dataset):
+    folder = train()
+    before = files(folder)
+    aside = folder / ".lora.replaced"
+    (aside / "comfy").mkdir(parents=True)
+    for name in ("lora.safetensors", "comfy/lora.safetensors", "lora.metrics.jsonl", "lora.run.toml"):
+        (folder / name).rename(aside / name)
+    arguments = ["--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", folder]
+    assert hyimg("train", *arguments)[0] == 2, "the name is still used"
+    assert files(folder) == before
+
+
+def test_several_processes_are_refused_until_they_are_built(hyimg, cached_dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ["--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", tmp_path / "out"]
+    code, _, err = hyimg("train", *arguments)
+    assert code == 2
+    assert "several processes" in err
+
+
+def test_a_launchers_environment_changes_no_gradient(trained, train, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert metrics(train()) == metrics(trained)
+
+
+@pytest.mark.parametrize("pair", ["betas=1", "weight_decay=foo", "lr=1", "weight_decay=-1"])
+def test_optimiser_arguments_are_tried_before_the_model_is_read(hyimg, cached_dataset, tmp_path, pair):
+    arguments = ["--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", tmp_path / "out"]
+    code, _, err = hyimg("train", *arguments, "--optimizer_args", pair)
+    assert code == 2
+    assert "--optimizer_args" in err
+    assert not (tmp_path / "out" / "lora.run.toml").exists()
+
+
+def test_start_weights_that_do_not_fit_are_refused(trained, hyimg, cached_dataset, tmp_path):
+    arguments = ["--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", tmp_path / "out"]
+    arguments += ["--network_weights", trained / "lora.safetensors"]
+    code, _, err = hyimg("train", *arguments, "--network_dim", "8")
+    assert code == 2
+    assert "does not fit the network" in err
+    code, _, err = hyimg("train", *arguments, "--network_dim", "4", "--max_train_steps", "1")
+    assert code == 0
+    assert "alpha is 4, from" in err
+
+
+def test_weights_that_do_not_fit_the_saved_type_are_not_saved(hyimg, cached_dataset, tmp_path):
+    arguments = ["--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", tmp_path / "out"]
+    huge = ["--learning_rate", "1e6", "--save_precision", "fp16", "--max_train_steps", "1"]
+    code, _, err = hyimg("train", *arguments, *huge)
+    assert code == 1
+    assert "is not finite as torch.float16" in err
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_a_logging_folder_means_tensorboard(hyimg, cached_dataset, tmp_path):
+    arguments = ["--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", tmp_path / "out"]
+    logs = ["--logging_dir", tmp_path / "logs", "--max_train_steps", "1"]
+    assert hyimg("train", *arguments, *logs)[0] == 0
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_adafactors_own_rate_is_not_overridden(train):
+    line = metrics(
+        train("--optimizer_type", "Adafactor", "--max_train_steps", "1", "--max_train_epochs", "1")
+    )[0]
+    assert "learning_rate" not in line
+
+
+def test_warnings_about_the_dataset_are_said_once(own_dataset, hyimg, tmp_path):
+    (own_dataset.parent / "images" / "0.caption").write_text("another caption", encoding="utf-8")
+    code, _, err = hyimg(
+        *("train", "--dit", "{dit}", "--dataset_config", own_dataset, "--output_dir", tmp_path / "out"),
+        *("--vae", "{vae}", "--text_encoder", "{text_encoder}", "--byt5", "{byt5}", "--max_train_steps", "1"),
+        *("--cache_latents", "--cache_text_encoder_outputs"),
+    )
+    assert code == 0, err
+    assert sum("warning: " in line and "0." in line for line in err.splitlines()) == 1, err

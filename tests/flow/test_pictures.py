@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from hyimg.errors import RunError
+from hyimg.flow.pictures import contact_sheet, decode_image
+from hyimg.model.architecture import VAE_TINY
+from hyimg.model.vae import VAE
+
+
+def test_a_picture_that_is_not_finite_is_a_failed_run() -> None:
+    torch.manual_seed(0)
+    vae = VAE(VAE_TINY)
+    latent = torch.zeros(1, VAE_TINY.latent_channels, 1, 2)
+    assert decode_image(vae, latent).size == (64, 32)
+    bias = next(parameter for name, parameter in vae.named_parameters() if name == "decoder.conv_out.bias")
+    with torch.no_grad():
+        bias[0] = float("inf")
+    with pytest.raises(RunError, match="the decoded image is not finite") as caught:
+        decode_image(vae, latent)
+    assert "`--mixed_precision no`" in str(caught.value.hint)
+
+
+def test_labels_of_several_lines_are_written_on_one() -> None:
+    tile = Image.new("RGB", (300, 40))
+    several = contact_sheet([[tile]], ["a cat\nand\t a dog"], ["one\ntwo"])
+    one = contact_sheet([[tile]], ["a cat and a dog"], ["one two"])
+    assert several.tobytes() == one.tobytes()
