@@ -18,11 +18,12 @@ from hyimg.cache.atomic import require_writable_folder
 from hyimg.cache.identity import file_identity
 from hyimg.config.commands import SampleConfig
 from hyimg.data.plan import text_store_for_training
+from hyimg.data.sheet import contact_sheet
 from hyimg.encoders.glyph import glyph_prompt
 from hyimg.encoders.progress import encode_prompts
 from hyimg.encoders.text import TextEncoders
 from hyimg.errors import HyimgError
-from hyimg.flow.pictures import contact_sheet, decode_image, save_png
+from hyimg.flow.pictures import decode_image, save_png
 from hyimg.flow.prompts import RenderSpec, load_prompts
 from hyimg.flow.renderer import (
     PromptStates,
