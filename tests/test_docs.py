@@ -39,7 +39,16 @@ def test_commands_in_the_docs_parse(page, monkeypatch, capsys):
     # the config is made before anything else is done: getting that far is parsing
     monkeypatch.setattr(flags, "ConsoleReporter", parsed)
     for command in commands(page):
-        if command[0] in ("cache-latents", "cache-text", "train", "infer", "sample", "convert-comfy", "demo"):
+        if command[0] in (
+            "dataset",
+            "cache-latents",
+            "cache-text",
+            "train",
+            "infer",
+            "sample",
+            "convert-comfy",
+            "demo",
+        ):
             try:
                 run(command)
             except ParsedError:
@@ -49,7 +58,7 @@ def test_commands_in_the_docs_parse(page, monkeypatch, capsys):
 
 def test_the_readme_shows_every_stage():
     shown = {command[0] for command in commands(ROOT / "README.md")}
-    assert {"cache-latents", "cache-text", "train", "infer"} <= shown
+    assert {"dataset", "cache-latents", "cache-text", "train", "infer"} <= shown
 
 
 def test_the_plugin_in_the_docs_runs(tmp_path):
