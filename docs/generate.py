@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 
 from hyimg import hookspecs
 from hyimg.cli import commands as cli_commands
 from hyimg.config import commands as configs
 from hyimg.config.legacy import LEGACY
 from hyimg.config.option import Option, groups_of, options_of
+from hyimg.data import report
+from hyimg.data.dataset_keys import KEYS
+from hyimg.data.report import FINDING_KINDS
 
 COMMANDS = {
+    "dataset": configs.DatasetConfig,
     "cache-latents": configs.CacheLatentsConfig,
     "cache-text": configs.CacheTextConfig,
     "train": configs.TrainConfig,
@@ -44,6 +50,46 @@ def legacy_table() -> str:
     """How flags of the reference tool are answered."""
     rows = ["| flag | answer | |", "|---|---|---|"]
     rows += [f"| `--{name}` | {flag.answer} | {_cell(flag.text)} |" for name, flag in LEGACY.items()]
+    return "\n".join(rows)
+
+
+def dataset_keys_table(level: str) -> str:
+    """The keys of a dataset file that are about `level`, "dataset" or "subset"."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for key in KEYS.values():
+        if key.level == level:
+            meaning = f"{key.help}: {key.refusal}" if key.refusal is not None else key.help
+            default = "" if key.default is None else f"`{json.dumps(key.default)}`"
+            rows.append(f"| `{key.name}` | {default} | {_cell(meaning)} |")
+    return "\n".join(rows)
+
+
+def findings_table() -> str:
+    """Every kind of finding of the dataset report."""
+    rows = ["| `kind` | |", "|---|---|"]
+    return "\n".join([*rows, *(f"| `{kind}` | {_cell(text)} |" for kind, text in FINDING_KINDS.items())])
+
+
+def report_table() -> str:
+    """The objects of the dataset report's JSON with their keys."""
+    objects = {
+        "the whole": report.DatasetReport,
+        "`images`": report.Images,
+        "`images.unreadable[]`": report.Unreadable,
+        "`epoch`": report.Epoch,
+        "`datasets[]`": report.DatasetRow,
+        "`datasets[].subsets[]`": report.SubsetRow,
+        "`buckets[]`": report.BucketRow,
+        "`latents`, `text`": report.CacheState,
+        "`latents.stores[]`, `text.stores[]`": report.StoreState,
+        "`captions`": report.Captions,
+        "`findings[]`": report.Finding,
+    }
+    rows = ["| object | keys |", "|---|---|"]
+    for name, cls in objects.items():
+        keys = ", ".join(f"`{field.name}`" for field in dataclasses.fields(cls))
+        about = _cell(inspect.getdoc(cls) or "")
+        rows.append(f"| {name} | {keys}. {about} |")
     return "\n".join(rows)
 
 

@@ -1,22 +1,47 @@
-"""Where stages are chained: `train` may fill the caches first."""
+"""Where stages are chained: `train` may fill the caches first, and a dry run is the dataset report.
+
+Stages are imported when they run, so that a dry run does without torch.
+"""
 
 from __future__ import annotations
 
-from hyimg.config.commands import CacheLatentsConfig, CacheTextConfig, TrainConfig
+from typing import TYPE_CHECKING
+
+from hyimg.config.commands import CacheLatentsConfig, CacheTextConfig, DatasetConfig, TrainConfig
 from hyimg.config.load import select
 from hyimg.errors import HyimgError
 from hyimg.report import OnceReporter, Reporter
-from hyimg.stages.cache_latents import cache_latents
-from hyimg.stages.cache_text import cache_text
-from hyimg.stages.train import TrainResult
-from hyimg.stages.train import train as train_stage
-from hyimg.training.preparation import open_encoders, open_training_workspace, prepare
+
+if TYPE_CHECKING:
+    from hyimg.cache.summary import CacheSummary
+    from hyimg.stages.train import TrainResult
 
 
-def train(config: TrainConfig, report: Reporter) -> TrainResult:
+def cache_latents(config: CacheLatentsConfig, report: Reporter) -> CacheSummary | None:
+    """`hyimg cache-latents`; with `--dry_run` the report, and None."""
+    if config.report.dry_run:
+        _dry_run(config, report)
+        return None
+    from hyimg.stages.cache_latents import cache_latents
+
+    return cache_latents(config, report)
+
+
+def cache_text(config: CacheTextConfig, report: Reporter) -> CacheSummary | None:
+    """`hyimg cache-text`; with `--dry_run` the report, and None."""
+    if config.report.dry_run:
+        _dry_run(config, report)
+        return None
+    from hyimg.stages.cache_text import cache_text
+
+    return cache_text(config, report)
+
+
+def train(config: TrainConfig, report: Reporter) -> TrainResult | None:
     """`hyimg train`: with `--cache_latents` or `--cache_text_encoder_outputs` those stages run before it.
 
-    Everything is checked first, so that no encoding is done for a run that could not start.
+    Everything is checked first, so that no encoding is done for a run that could not start. With `--dry_run` the
+    report, and None.
     """
     caching = config.caching
     latents = caching.cache_latents or caching.cache_latents_to_disk
@@ -28,6 +53,12 @@ def train(config: TrainConfig, report: Reporter) -> TrainResult:
             "`--cache_text_encoder_outputs` needs `--text_encoder` and `--byt5`",
             hint="name both, or leave the option out",
         )
+    if config.report.dry_run:
+        _dry_run(config, report)
+        return None
+    from hyimg.stages.train import train as train_stage
+    from hyimg.training.preparation import open_encoders, open_training_workspace, prepare
+
     report = OnceReporter(report)
     prepared = prepare(config, report)
     if latents or text:
@@ -39,3 +70,9 @@ def train(config: TrainConfig, report: Reporter) -> TrainResult:
     if text:
         cache_text(select(CacheTextConfig, config), report)
     return train_stage(config, report, prepared=prepared)
+
+
+def _dry_run(config: CacheLatentsConfig | CacheTextConfig | TrainConfig, report: Reporter) -> None:
+    from hyimg.stages.dataset import dataset
+
+    dataset(select(DatasetConfig, config), report)

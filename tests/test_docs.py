@@ -42,7 +42,16 @@ def test_commands_in_the_docs_parse(page, monkeypatch, capsys):
         load, "read_run_file", lambda path: dict.fromkeys(("dit", "dataset_config", "output_dir"), "x")
     )
     for command in commands(page):
-        if command[0] in ("cache-latents", "cache-text", "train", "infer", "sample", "convert-comfy", "demo"):
+        if command[0] in (
+            "dataset",
+            "cache-latents",
+            "cache-text",
+            "train",
+            "infer",
+            "sample",
+            "convert-comfy",
+            "demo",
+        ):
             try:
                 run(command)
             except ParsedError:
@@ -52,7 +61,7 @@ def test_commands_in_the_docs_parse(page, monkeypatch, capsys):
 
 def test_the_readme_shows_every_stage():
     shown = {command[0] for command in commands(ROOT / "README.md")}
-    assert {"cache-latents", "cache-text", "train", "infer"} <= shown
+    assert {"dataset", "cache-latents", "cache-text", "train", "infer"} <= shown
 
 
 def test_the_plugin_in_the_docs_runs(tmp_path):

@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 wrong input, 1 a failed run, 130 after Ctrl-C, 143 after S
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated, Any
@@ -49,6 +50,7 @@ def _options(
 
 
 STAGES, TOOLS = "Stages", "Tools"
+add_command(app, "dataset", configs.DatasetConfig, commands.dataset, panel=STAGES)
 add_command(app, "cache-latents", configs.CacheLatentsConfig, commands.cache_latents, panel=STAGES)
 add_command(app, "cache-text", configs.CacheTextConfig, commands.cache_text, panel=STAGES)
 add_command(app, "train", configs.TrainConfig, commands.train, panel=STAGES)
@@ -63,6 +65,10 @@ add_command(app, "plugins", configs.PluginsConfig, commands.list_plugins, panel=
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command line and exits the process with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        # captions and paths in any script go through a pipe of any encoding; what it cannot hold is spelt out
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -8,6 +8,7 @@ from hyimg.config.commands import (
     CacheLatentsConfig,
     CacheTextConfig,
     ConvertComfyConfig,
+    DatasetConfig,
     DemoConfig,
     InferConfig,
     InspectModulesConfig,
@@ -19,16 +20,23 @@ from hyimg.config.commands import (
 from hyimg.report import ConsoleReporter
 
 
+def dataset(config: DatasetConfig, report: ConsoleReporter) -> None:
+    """Report on a dataset: images, buckets, caches, cost and captions, before any model is loaded."""
+    from hyimg.stages.dataset import dataset
+
+    dataset(config, report)
+
+
 def cache_latents(config: CacheLatentsConfig, report: ConsoleReporter) -> None:
     """Encode the dataset's images with the VAE, and keep the latents on disk."""
-    from hyimg.stages.cache_latents import cache_latents
+    from hyimg.pipeline import cache_latents
 
     cache_latents(config, report)
 
 
 def cache_text(config: CacheTextConfig, report: ConsoleReporter) -> None:
     """Encode the dataset's captions with Qwen2.5-VL and byT5, and keep the results on disk."""
-    from hyimg.stages.cache_text import cache_text
+    from hyimg.pipeline import cache_text
 
     cache_text(config, report)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperOption
 
 from hyimg.config import legacy, load
 from hyimg.config.option import Option, all_options
@@ -48,6 +48,7 @@ class StageCommand(TyperCommand):
         many = {_normal(o) for p in options if p.multiple for o in p.opts}
         args, ctx.meta["hyimg.off"] = _take_negations(args, options)
         ctx.meta["hyimg.notes"] = notes
+        args = _take_named_argument(args, [str(p.name) for p in self.params if isinstance(p, TyperArgument)])
         return super().parse_args(ctx, _repeat_flags(args, many))
 
 
@@ -64,6 +65,15 @@ def _take_negations(args: list[str], options: list[TyperOption]) -> tuple[list[s
     switches = {_normal(f"--no-{o.name}"): str(o.name) for o in options if o.is_flag}
     off = [switches[_normal(word)] for word in args if _normal(word) in switches]
     return [word for word in args if _normal(word) not in switches], off
+
+
+def _take_named_argument(args: list[str], names: list[str]) -> list[str]:
+    """Where a command has one positional argument, `--NAME value` is it too, as other commands spell it."""
+    if len(names) != 1:
+        return args
+    flag = _normal(f"--{names[0]}")
+    bare = [word.partition("=")[2] if _normal(word).startswith(f"{flag}=") else word for word in args]
+    return [word for word in bare if _normal(word) != flag]
 
 
 def _normal(flag: str) -> str:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hyimg.config.dataset import CachesInTraining, DatasetOptions, LatentCaching, TextCaching
+from hyimg.config.dataset import (
+    CachesInTraining,
+    DatasetOptions,
+    DryRun,
+    LatentCaching,
+    NamedDataset,
+    ReportModels,
+    ReportOutput,
+    ReportTraining,
+    TextCaching,
+)
 from hyimg.config.flow import FlowMatching, LossOptions
 from hyimg.config.models import Compute, DiTFile, Memory, TextEncoderFiles, TrainingMemory, VAEFile
 from hyimg.config.network import NetworkShape, NetworkTraining
@@ -16,6 +26,16 @@ from hyimg.config.tools import Common, Conversion, Demo, Inspection, PluginList,
 
 
 @dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    REQUIRED: ClassVar[tuple[str, ...]] = ("dataset_config",)
+
+    dataset: NamedDataset = field(default_factory=NamedDataset)
+    output: ReportOutput = field(default_factory=ReportOutput)
+    models: ReportModels = field(default_factory=ReportModels)
+    training: ReportTraining = field(default_factory=ReportTraining)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheLatentsConfig:
     REQUIRED: ClassVar[tuple[str, ...]] = ("dataset_config", "vae")
 
@@ -23,6 +43,7 @@ class CacheLatentsConfig:
     vae: VAEFile = field(default_factory=VAEFile)
     caching: LatentCaching = field(default_factory=LatentCaching)
     compute: Compute = field(default_factory=Compute)
+    report: DryRun = field(default_factory=DryRun)
     common: Common = field(default_factory=Common)
 
 
@@ -34,6 +55,7 @@ class CacheTextConfig:
     encoders: TextEncoderFiles = field(default_factory=TextEncoderFiles)
     caching: TextCaching = field(default_factory=TextCaching)
     compute: Compute = field(default_factory=Compute)
+    report: DryRun = field(default_factory=DryRun)
     common: Common = field(default_factory=Common)
 
 
@@ -62,6 +84,7 @@ class TrainConfig:
     training_memory: TrainingMemory = field(default_factory=TrainingMemory)
     compute: Compute = field(default_factory=Compute)
     hub: Hub = field(default_factory=Hub)
+    report: DryRun = field(default_factory=DryRun)
     common: Common = field(default_factory=Common)
 
 

@@ -29,6 +29,60 @@ class DatasetOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NamedDataset(DatasetOptions):
+    """Dataset and caches."""
+
+    dataset_config: Path | None = option(None, argument=True, help="the dataset file, TOML or JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """Report."""
+
+    dry_run: bool = option(
+        False, help="print the report of `hyimg dataset` for these options, and do nothing else"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOutput:
+    """Output."""
+
+    json: bool = option(False, help="print JSON")
+    contact_sheet: Path | None = option(
+        None, help="PNG file to write: every bucket with a few of its images as they are cropped"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportModels:
+    """Model files (none is needed; named, the report is about the caches that these make)."""
+
+    vae: Path | None = option(None, help="the VAE, a `.safetensors` file")
+    text_encoder: Path | None = option(None, help="Qwen2.5-VL, a file or a folder (with `--byt5`)")
+    byt5: Path | None = option(None, help="byT5 glyph encoder (with `--text_encoder`)")
+    tokenizer: Path | None = option(
+        None,
+        aliases=("tokenizer_cache_dir",),
+        help="folder with the Qwen tokenizer's files, or a `qwen.tiktoken` file, to count the captions' tokens "
+        "(not given: as for cache-text, but nothing is downloaded)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportTraining:
+    """What else will be asked."""
+
+    train_batch_size: int | None = option(
+        None, minimum=1, help="batch size where the dataset file does not give one (not given: 1)"
+    )
+    gradient_accumulation_steps: int = option(1, minimum=1, help="batches to a step")
+    sample_prompts: Path | None = option(
+        None, help="prompt file (txt, toml or json) whose prompts cache-text caches too"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatentCaching:
     """Latent cache."""
 

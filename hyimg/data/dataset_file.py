@@ -211,17 +211,18 @@ class _Reader:
         return found
 
     def _without_duplicates(self, subsets: Iterable[Subset | None], place: str) -> list[Subset]:
-        """The first subset of each folder or metadata file, as the reference tool; without empty ones."""
-        kept: dict[Path, Subset] = {}
+        """The first subset of each folder (with its masks) or metadata file, as the reference tool; without
+        those that are shown no times."""
+        kept: dict[tuple[Path, Path | None], Subset] = {}
         for subset in subsets:
             if subset is None:
                 continue
             if subset.num_repeats == 0:
                 self.notes.append(f"{place}: `{subset.source}` is left out (`num_repeats = 0`)")
-            elif subset.source in kept:
+            elif (subset.source, subset.conditioning_data_dir) in kept:
                 self.notes.append(f"{place}: `{subset.source}` is there twice; the first one counts")
             else:
-                kept[subset.source] = subset
+                kept[subset.source, subset.conditioning_data_dir] = subset
         return list(kept.values())
 
     def _values(self, table: object, level: Level, place: str, below: str) -> dict[str, Any]:

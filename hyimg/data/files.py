@@ -10,7 +10,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hyimg.config.names import printable
 from hyimg.data.captions import caption_from_metadata, read_caption_file
 from hyimg.data.dataset import Subset
 from hyimg.data.images import IMAGE_SUFFIXES
@@ -141,17 +140,9 @@ def _names(folder: Path) -> set[str]:
     """The names of the files in a folder; hidden ones, which systems and editors leave, are none."""
     try:
         with os.scandir(folder) as found:
-            names = {entry.name for entry in found if not entry.name.startswith(".") and _is_file(entry)}
+            return {entry.name for entry in found if not entry.name.startswith(".") and _is_file(entry)}
     except OSError as error:
         raise HyimgError(f"cannot read the folder `{folder}`: {error.strerror}") from error
-    unreadable = sorted(name for name in names if _is_image(name) and printable(name) != name)
-    if unreadable:
-        listed = ", ".join(f"`{printable(name)}`" for name in unreadable[:_MOST_LISTED])
-        more = f" and {len(unreadable) - _MOST_LISTED} more" if len(unreadable) > _MOST_LISTED else ""
-        raise HyimgError(
-            f"`{folder}` holds images whose names are not UTF-8: {listed}{more}", hint="rename them"
-        )
-    return names
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

@@ -59,7 +59,7 @@ def _recall(path: Path, index: Index) -> Measured | None:
         stat = FileStat.of(os.stat(path))
     except OSError:
         return None
-    known = index.image(str(path), stat)
+    known = index.image(_index_name(path), stat)
     return None if known is None else Measured(*known)
 
 
@@ -74,9 +74,14 @@ def _read(path: Path, index: Index) -> Measured | str:
             index.remember_image_size(sha256, size)
         # what changed while it was read, or may change within this tick of the clock, is not remembered
         if stat.is_settled() and FileStat.of(os.stat(path)) == stat:
-            index.remember_content_hash(str(path), stat, sha256)
+            index.remember_content_hash(_index_name(path), stat, sha256)
     except OSError as error:
         return error.strerror or str(error)
     except ValueError as error:
         return str(error)
     return Measured(sha256, size)
+
+
+def _index_name(path: Path) -> str:
+    """The path as text that the index takes: a name that is not UTF-8 (an old archive's, say) is spelt out."""
+    return str(path).encode("utf-8", "backslashreplace").decode()

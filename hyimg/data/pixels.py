@@ -11,17 +11,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from hyimg.cache.identity import hash_bytes
 from hyimg.cache.latents import LatentEntry, LatentStore
 from hyimg.data.buckets import SIZE_MULTIPLE
-from hyimg.data.images import DecodedImage, Pixels, decode, resize_and_crop
+from hyimg.data.images import Pixels
 from hyimg.data.plan import LatentTask
-from hyimg.errors import HyimgError
+from hyimg.data.view import load_view
 
 _BATCHES_AHEAD = 2
 _MOST_THREADS = 8
@@ -78,46 +76,9 @@ class _Loaded:
 
 
 def _load(task: LatentTask) -> _Loaded:
-    sample = task.sample
-    pixels = _decode_scanned(sample.image_path, sample.image_hash)
-    if sample.subset.alpha_mask:
-        height, width = pixels.rgb_HWC.shape[:2]
-        # an image without transparency counts whole, as in the reference tool
-        opaque_HW = np.full((height, width), 255, np.uint8)
-        mask_HW = opaque_HW if pixels.alpha_HW is None else pixels.alpha_HW
-    else:
-        pixels = pixels.over_white()
-        mask_HW = None
-    if sample.mask_path is not None:
-        assert sample.mask_hash is not None
-        mask = _decode_scanned(sample.mask_path, sample.mask_hash)
-        mask_HW = mask.over_white().rgb_HWC[:, :, 0]  # the red channel, as in the reference tool
-    image_HWC = _place(pixels.rgb_HWC, task)
-    image_CHW = torch.from_numpy(image_HWC.copy()).permute(2, 0, 1).float().div(127.5).sub(1.0)
-    return _Loaded(image_CHW, None if mask_HW is None else _latent_mask(_place(mask_HW, task)))
-
-
-def _decode_scanned(path: Path, sha256: str) -> DecodedImage:
-    try:
-        data = path.read_bytes()
-        if hash_bytes(data) != sha256:
-            raise HyimgError(
-                f"the image `{path}` was changed while the command ran", hint="run the command again"
-            )
-        return decode(data)
-    except OSError as error:
-        raise HyimgError(f"cannot read the image `{path}`: {error.strerror}") from error
-    except ValueError as error:
-        raise HyimgError(f"cannot read the image `{path}`: {error}") from error
-
-
-def _place(pixels: Pixels, task: LatentTask) -> Pixels:
-    recipe = task.recipe
-    placed = resize_and_crop(
-        pixels, resized=recipe.resized, crop=recipe.crop, bucket=recipe.bucket, filter_name=recipe.filter
-    )
-    # a copy: what Pillow hands out is read-only, which torch does not take
-    return np.array(placed[:, ::-1] if task.flipped else placed)
+    view = load_view(task.sample, flipped=task.flipped)
+    image_CHW = torch.from_numpy(view.rgb_HWC).permute(2, 0, 1).float().div(127.5).sub(1.0)
+    return _Loaded(image_CHW, None if view.mask_HW is None else _latent_mask(view.mask_HW))
 
 
 def _latent_mask(mask_HW: Pixels) -> torch.Tensor:

@@ -82,15 +82,20 @@ class TextPlan:
         return self.todo[rank::world]
 
 
-def plan_latents(
-    samples: Iterable[Sample], store: LatentStore, *, verify: bool = False, progress: Progress | None = None
-) -> LatentPlan:
-    """Which latent entries of `samples` are missing from `store`; see `EntryStore.good`."""
-    tasks = {
+def latent_tasks(samples: Iterable[Sample], store: LatentStore) -> dict[str, LatentTask]:
+    """Every latent entry that training on `samples` may read, by its key in `store`."""
+    return {
         store.key(sample.recipe(flipped)): LatentTask(sample, flipped)
         for sample in samples
         for flipped in sample.views
     }
+
+
+def plan_latents(
+    samples: Iterable[Sample], store: LatentStore, *, verify: bool = False, progress: Progress | None = None
+) -> LatentPlan:
+    """Which latent entries of `samples` are missing from `store`; see `EntryStore.good`."""
+    tasks = latent_tasks(samples, store)
     good = store.good(tasks, verify=verify, progress=progress)
     return LatentPlan([task for key, task in tasks.items() if key not in good], len(good))
 

@@ -57,6 +57,11 @@ class Sample:
         return self.dataset.prior_loss_weight if self.subset.is_reg else 1.0
 
     @property
+    def is_upscaled(self) -> bool:
+        """Whether the image is made larger on its way into the bucket."""
+        return self.placement.enlarges(self.image_size)
+
+    @property
     def views(self) -> tuple[bool, ...]:
         """The latents that are cached for it: plain, and with `flip_aug` also mirrored (True)."""
         return (False, True) if self.subset.flip_aug else (False,)

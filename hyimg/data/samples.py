@@ -65,6 +65,10 @@ def scan(
     builder = _Builder(measured, caption_variants)
     for number, (dataset, in_dataset) in enumerate(zip(dataset_file.datasets, found, strict=True)):
         builder.add_dataset(number, dataset, in_dataset, findings)
+    if not builder.samples and not findings.problems:
+        findings.problems.append(
+            "there is no image to train on: every subset is left out (`num_repeats = 0`)"
+        )
     _raise_problems(dataset_file, findings.problems)
     return Scan(builder.samples, builder.validation, list(bad.items()), findings.notes)
 

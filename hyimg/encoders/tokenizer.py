@@ -99,16 +99,18 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def load_qwen_tokenizer(tokenizer: Path | None, encoder_path: Path | None) -> QwenTokenizer:
+def load_qwen_tokenizer(
+    tokenizer: Path | None, encoder_path: Path | None, *, download: bool = True
+) -> QwenTokenizer:
     """The tokenizer from the first of these that is there:
 
     `tokenizer` (a file, a folder, or the reference tool's cache folder; and then nothing else), the files
     beside the encoder, the ranks file in the PyPI package dashscope, the hub's
-    `Qwen/Qwen2.5-VL-7B-Instruct` (cached, then downloaded).
+    `Qwen/Qwen2.5-VL-7B-Instruct` (cached, then downloaded unless `download` is false).
 
     Raises `HyimgError` where none is found, or the first one found is not Qwen2.5's.
     """
-    path = _given(tokenizer) or _beside(encoder_path) or _in_dashscope() or _from_hub()
+    path = _given(tokenizer) or _beside(encoder_path) or _in_dashscope() or _from_hub(download)
     return QwenTokenizer(read_vocabulary(path), str(path))
 
 
@@ -140,7 +142,7 @@ def _in_dashscope() -> Path | None:
     return path if path.is_file() else None
 
 
-def _from_hub() -> Path:
+def _from_hub(download: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
     def fetch(*, local_files_only: bool) -> Path:
@@ -150,6 +152,11 @@ def _from_hub() -> Path:
     # errors of several libraries
     with contextlib.suppress(Exception):
         return fetch(local_files_only=True)
+    if not download:
+        raise HyimgError(
+            "no Qwen tokenizer on this machine",
+            hint="install the extra with `pip install 'hyimg[tokenizer]'`, or give `--tokenizer FOLDER`",
+        )
     try:
         return fetch(local_files_only=False)
     except Exception as error:

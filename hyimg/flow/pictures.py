@@ -1,14 +1,14 @@
-"""Latents to pictures: decoding, PNG files that say how they were made, and the contact sheet."""
+"""Latents to pictures: decoding, and PNG files that say how they were made."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from hyimg.cache.atomic import atomic_path
@@ -17,22 +17,6 @@ from hyimg.model.vae import VAE
 
 METADATA_KEY = "hyimg"
 """The PNG text chunk that holds the settings as JSON."""
-
-_LABEL_SIZE = 16
-_PADDING = 8
-_MAX_TILE = 512
-# Fonts with Chinese, Japanese and Korean glyphs, as Linux, Windows and macOS name them
-_CJK_FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansCJKsc-Regular.otf",
-    "wqy-microhei.ttc",
-    "DroidSansFallbackFull.ttf",
-    "msyh.ttc",
-    "YuGothM.ttc",
-    "PingFang.ttc",
-    "Hiragino Sans GB.ttc",
-    "AppleSDGothicNeo.ttc",
-)
 
 
 @torch.no_grad()
@@ -66,59 +50,3 @@ def read_settings(path: Path) -> dict[str, object] | None:
     with Image.open(path) as image:
         text = image.info.get(METADATA_KEY)
     return json.loads(text) if isinstance(text, str) else None
-
-
-def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str]
-) -> Image.Image:
-    """One picture of many: `rows` of images under column labels, each row under its own label.
-
-    Images are scaled down to 512 pixels on their longer side.
-    """
-    tiles = [[_tile(image) for image in row] for row in rows]
-    widths = [max(row[i].width for row in tiles) for i in range(len(column_labels))]
-    heights = [max(tile.height for tile in row) for row in tiles]
-    line = _LABEL_SIZE + _PADDING
-    width = sum(widths) + _PADDING * (len(widths) + 1)
-    sheet = Image.new("RGB", (width, line + sum(heights) + (line + _PADDING) * len(rows) + _PADDING), "white")
-    draw = ImageDraw.Draw(sheet)
-    x = _PADDING
-    for label, column_width in zip(column_labels, widths, strict=True):
-        _label(draw, (x, _PADDING // 2), label, column_width)
-        x += column_width + _PADDING
-    y = line
-    for label, height, row in zip(row_labels, heights, tiles, strict=True):
-        _label(draw, (_PADDING, y + _PADDING // 2), label, width - 2 * _PADDING)
-        x, y = _PADDING, y + line
-        for tile, column_width in zip(row, widths, strict=True):
-            sheet.paste(tile, (x, y))
-            x += column_width + _PADDING
-        y += height + _PADDING
-    return sheet
-
-
-def _tile(image: Image.Image) -> Image.Image:
-    tile = image.convert("RGB")
-    tile.thumbnail((_MAX_TILE, _MAX_TILE))
-    return tile
-
-
-def _label(draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str, width: int) -> None:
-    text = " ".join(text.split())  # Pillow measures and draws single lines only
-    font = label_font(text)
-    if draw.textlength(text, font=font) > width:
-        while text and draw.textlength(text + "…", font=font) > width:
-            text = text[:-1]
-        text += "…"
-    draw.text(position, text, fill="black", font=font)
-
-
-def label_font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font that can write the text: Pillow's own, or an installed CJK one where it is needed and there."""
-    if any(ord(character) > 0x2E7F for character in text):
-        for name in _CJK_FONTS:
-            try:
-                return ImageFont.truetype(name, _LABEL_SIZE)
-            except OSError:
-                continue
-    return ImageFont.load_default(_LABEL_SIZE)

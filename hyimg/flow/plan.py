@@ -32,8 +32,8 @@ from hyimg.flow.renderer import (
     resolve_samplers,
     settings_of,
 )
-from hyimg.flow.sizes import NATIVE_SIZES
 from hyimg.memory.device import compute_dtype, resolve_device, vae_dtype
+from hyimg.model.architecture import NATIVE_SIZES
 from hyimg.model.loading import check_dit, load_dit, load_vae
 from hyimg.model.vae import VAE
 from hyimg.plugins import load_plugins

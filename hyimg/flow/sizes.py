@@ -7,15 +7,6 @@ from hyimg.model.architecture import SPATIAL_FACTOR
 
 SIZE_MULTIPLE = SPATIAL_FACTOR
 
-NATIVE_SIZES: tuple[tuple[int, int], ...] = (
-    (2560, 1536),
-    (2304, 1792),
-    (2048, 2048),
-    (1792, 2304),
-    (1536, 2560),
-)
-"""Width and height of the sizes that the official project names as the stable ones."""
-
 
 def is_valid_size(pixels: int) -> bool:
     """Whether an image may be so wide or high."""

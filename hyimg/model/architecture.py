@@ -16,6 +16,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 # Pixels along one side of a latent pixel, in every HunyuanImage VAE: five halvings
 SPATIAL_FACTOR = 32
 NUM_VAE_LEVELS = 6
+# Width and height that the official project names as the ones it renders most stably
+NATIVE_SIZES = ((2560, 1536), (2304, 1792), (2048, 2048), (1792, 2304), (1536, 2560))
 # Groups of every GroupNorm of the VAE
 NUM_GROUPS = 32
 

@@ -28,7 +28,7 @@ PHOTOGRAPHS = {
     "rocket.jpg": "a white rocket on its launch pad at night, lit from below",
     "hubble_deep_field.jpg": "hundreds of galaxies on a black sky",
     "page.png": 'a scanned page of a book with the heading "Region-based segmentation"',
-    "clock_motion.png": 'a blurred clock face with the numbers "12", "3", "6" and "9"',
+    "text.png": 'handwritten mathematics on lined paper, with the letters "s" and "t"',
     "motorcycle_left.png": "a red motorcycle parked in a workshop",
 }
 DATASET = """\
@@ -54,6 +54,7 @@ a shop sign that says "OPEN" --d 2 --w 320 --h 256
 """
 COMMANDS = (
     "make-tiny-model {model}",
+    "dataset {dataset} --vae {vae} --text_encoder {text_encoder} --byt5 {byt5} --contact_sheet {crops}",
     "cache-latents --dataset_config {dataset} --vae {vae}",
     "cache-text --dataset_config {dataset} --text_encoder {text_encoder} --byt5 {byt5} --sample_prompts {prompts}",
     "train --dit {dit} --dataset_config {dataset} --output_dir {run} --output_name demo --network_dim 8"
@@ -143,6 +144,7 @@ def _commands(directory: Path) -> list[list[str]]:
         "vae": model / "hunyuan_image_2.1_vae_fp16.safetensors",
         "dataset": directory / "dataset.toml",
         "cache": directory / "hyimg-cache",
+        "crops": directory / "dataset.png",
         "prompts": directory / "prompts.txt",
         "run": directory / "run",
         "epoch_2": directory / "run" / "demo-000002.safetensors",

@@ -15,8 +15,9 @@ from hyimg.cache.atomic import require_writable_folder
 from hyimg.cache.index import Index
 from hyimg.config.commands import SampleConfig
 from hyimg.data.plan import text_store_for_training
+from hyimg.data.sheet import contact_sheet
 from hyimg.errors import HyimgError
-from hyimg.flow.pictures import contact_sheet, decode_image, save_png
+from hyimg.flow.pictures import decode_image, save_png
 from hyimg.flow.plan import (
     LoRAUse,
     RenderPlan,

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -134,13 +137,6 @@ def test_links_that_lead_nowhere_and_odd_names_are_named(
         with pytest.raises(HyimgError, match=f"`.*{name}.png`"):
             scan(dataset())
         (images / f"{name}.png").unlink()
-    try:
-        odd = Path(os.fsdecode(os.fsencode(images) + b"/caf\xe9.png"))
-        odd.write_bytes(b"")
-    except OSError:
-        pytest.skip("a file system that takes UTF-8 names only")
-    with pytest.raises(HyimgError, match=r"names are not UTF-8: `caf\\udce9.png`"):
-        scan(dataset())
 
 
 def test_a_metadata_file_nested_without_end_is_a_sentence(tmp_path: Path, add_image: AddImage) -> None:
@@ -310,3 +306,45 @@ def test_the_order_is_a_function_of_seed_and_epoch(
     assert len(together) > 1  # other images meet in a batch, not only the batches another order
     in_order = epoch_batches(samples, seed=1, epoch=1, shuffle=False)
     assert [batch.samples for batch in in_order] == [(place,) for place in range(8)]
+
+
+def test_the_same_folder_with_other_masks_is_another_subset(tmp_path: Path, add_image: AddImage) -> None:
+    for folder in ("images", "masks", "other"):
+        add_image(tmp_path / folder / "a.png", seed=len(folder))
+    subsets = [
+        {"image_dir": "images", "conditioning_data_dir": masks} for masks in ("masks", "masks", "other")
+    ]
+    document = {"datasets": [{"resolution": 64, "subsets": subsets}]}
+    found = scan(parse_dataset(document, tmp_path / "set.toml"))
+    assert [s.mask_path.parent.name for s in found.samples if s.mask_path] == ["masks", "other"]
+    assert any("there twice" in note for note in found.notes)
+
+
+def test_a_decompression_bomb_is_reported_by_name(
+    tmp_path: Path, add_image: AddImage, dataset: MakeDataset
+) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    add_image(tmp_path / "images" / "a.png")
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    (tmp_path / "images" / "炸弹.png").write_bytes(bomb + chunk(b"IEND", b""))
+    (tmp_path / "images" / "炸弹.txt").write_text("x")
+    with pytest.raises(HyimgError, match="炸弹.png`: too many pixels"):
+        scan(dataset())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are always text")
+def test_names_that_are_not_utf8_are_read_and_remembered(
+    tmp_path: Path, add_image: AddImage, dataset: MakeDataset
+) -> None:
+    # "我的" in GBK, as an old archive unpacks it
+    path = tmp_path / "images" / os.fsdecode(b"\xce\xd2\xb5\xc4.png")
+    os.rename(add_image(tmp_path / "images" / "a.png", caption=None), path)
+    path.with_suffix(".txt").write_text("我的", encoding="utf-8")
+    index = Index(tmp_path / "cache")
+    (sample,) = scan(dataset(), index).samples
+    assert (sample.image_path, sample.caption) == (path, "我的")
+    path.write_bytes(path.read_bytes())  # another time of change: read again
+    assert scan(dataset(), index).samples == [sample]

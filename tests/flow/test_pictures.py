@@ -4,8 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hyimg.data.sheet import contact_sheet
 from hyimg.errors import RunError
-from hyimg.flow.pictures import contact_sheet, decode_image
+from hyimg.flow.pictures import decode_image
 from hyimg.model.architecture import VAE_TINY
 from hyimg.model.vae import VAE
 

@@ -17,7 +17,8 @@ from hyimg.flow.prompts import (
     load_prompts,
     parse_prompt_line,
 )
-from hyimg.flow.sizes import NATIVE_SIZES, check_size, nearest_sizes
+from hyimg.flow.sizes import check_size, nearest_sizes
+from hyimg.model.architecture import NATIVE_SIZES
 
 FIELD_OF_KEY = {
     "enum": "index",

@@ -1,0 +1,276 @@
+"""`hyimg dataset`: what a dataset file leads to, before any model is loaded. No torch unless encoders are named.
+
+The story: read the dataset, count it, look at the caches, read every caption as the encoders will, print.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hyimg.cache.identity import file_identity
+from hyimg.config.commands import DatasetConfig
+from hyimg.data.bucket_sheet import write_bucket_sheet
+from hyimg.data.cache_state import Shapes, latent_cache_state, text_cache_state
+from hyimg.data.plan import prompts_of
+from hyimg.data.report import (
+    JSON_FORMAT,
+    BucketRow,
+    CacheState,
+    Captions,
+    DatasetReport,
+    Finding,
+)
+from hyimg.data.report_tables import print_report
+from hyimg.data.survey import (
+    bounded_sizes,
+    bucket_rows,
+    count_epoch,
+    count_images,
+    dataset_rows,
+    find_duplicates,
+)
+from hyimg.data.workspace import Workspace, open_workspace
+from hyimg.encoders.lint import PromptLint, lint_prompt
+from hyimg.encoders.tokenizer import QwenTokenizer, load_qwen_tokenizer
+from hyimg.errors import HyimgError
+from hyimg.flow.prompts import load_prompts
+from hyimg.model.architecture import DIT_2_1, NATIVE_SIZES, VAE_2_1
+from hyimg.model.header_check import read_vae_arch
+from hyimg.report import Reporter, SilentReporter
+
+_MANY_PROMPTS = 2000
+_BYT5_NORM = "encoder.final_layer_norm.weight"
+
+
+def dataset(config: DatasetConfig, report: Reporter) -> DatasetReport:
+    """Prints the report on stdout, as tables or JSON, and writes the contact sheet where one is asked for.
+
+    Nothing else is written but the cache folder's index, which remembers the images that were read. Raises
+    HyimgError for everything that would stop caching or training: what is wrong with the dataset file, its
+    images and captions, a validation split or a training set that is empty, a model file that is none.
+    """
+    sheet = config.output.contact_sheet
+    if sheet is not None and sheet.suffix.lower() != ".png":
+        raise HyimgError(f"`--contact_sheet` writes a PNG file, not `{sheet.name}`", hint="end it in `.png`")
+    # the notes are part of the report
+    workspace = open_workspace(config.dataset, SilentReporter(), batch_size=config.training.train_batch_size)
+    told = _tell(config, workspace, report)
+    if config.output.json:
+        json.dump(asdict(told), sys.stdout, indent=2)
+        print()
+    else:
+        from rich.console import Console
+
+        print_report(told, Console(highlight=False))
+    if sheet is not None:
+        if not write_bucket_sheet(workspace.all_samples, sheet):
+            report.warning("no installed font has Chinese, Japanese and Korean glyphs: labels show boxes")
+        report.note(f"contact sheet: {sheet}")
+    return told
+
+
+def _tell(config: DatasetConfig, workspace: Workspace, report: Reporter) -> DatasetReport:
+    samples = workspace.all_samples
+    extra = _sample_prompts(config.training.sample_prompts)
+    tokenizer, not_counted = _tokenizer(config)
+    lints = _lint_all(prompts_of(samples, extra), tokenizer, report)
+    buckets = bucket_rows(workspace)
+    return DatasetReport(
+        format=JSON_FORMAT,
+        dataset_config=str(workspace.dataset_file.path.absolute()),
+        cache_dir=str(workspace.cache_dir.absolute()),
+        images=count_images(workspace),
+        epoch=count_epoch(buckets, config.training.gradient_accumulation_steps),
+        datasets=dataset_rows(workspace),
+        buckets=buckets,
+        latents=_latents(config, workspace),
+        text=_text(config, workspace, extra, lints, tokenizer),
+        captions=_captions(workspace, lints, tokenizer, not_counted),
+        findings=(*_findings(workspace, lints), *find_duplicates(samples)),
+        notes=(*workspace.found.notes, *bounded_sizes(workspace), *_notes(config, buckets)),
+    )
+
+
+def _sample_prompts(path: Path | None) -> list[str]:
+    specs = [] if path is None else load_prompts(path)
+    return [text for spec in specs for text in (spec.prompt, spec.negative_prompt or "")]
+
+
+# captions -----------------------------------------------------------------------------------------------
+
+
+def _tokenizer(config: DatasetConfig) -> tuple[QwenTokenizer | None, str | None]:
+    """The tokenizer, or why there is none. One that was named must be good; else none need be there."""
+    named = config.models.tokenizer
+    try:
+        return load_qwen_tokenizer(named, config.models.text_encoder, download=False), None
+    except HyimgError as error:
+        if named is not None:
+            raise
+        return None, error.message
+
+
+def _lint_all(
+    prompts: Sequence[str], tokenizer: QwenTokenizer | None, report: Reporter
+) -> dict[str, PromptLint]:
+    if len(prompts) < _MANY_PROMPTS:
+        return {prompt: lint_prompt(prompt, tokenizer) for prompt in prompts}
+    lints: dict[str, PromptLint] = {}
+    with report.task("read captions", len(prompts), unit="caption") as task:
+        for prompt in prompts:
+            lints[prompt] = lint_prompt(prompt, tokenizer)
+            task.advance()
+    return lints
+
+
+def _captions(
+    workspace: Workspace,
+    lints: Mapping[str, PromptLint],
+    tokenizer: QwenTokenizer | None,
+    not_counted: str | None,
+) -> Captions:
+    lengths = [lint.num_tokens for prompt, lint in lints.items() if prompt and lint.num_tokens is not None]
+    return Captions(
+        distinct=len({sample.caption for sample in workspace.all_samples}),
+        prompts=len(lints),
+        tokenizer=None if tokenizer is None else tokenizer.source,
+        not_counted=not_counted,
+        mean_tokens=round(sum(lengths) / len(lengths), 1) if lengths else None,
+        longest_tokens=max(lengths, default=None),
+    )
+
+
+def _findings(workspace: Workspace, lints: Mapping[str, PromptLint]) -> list[Finding]:
+    """What is to be said of the captions; one finding a kind for all images and variants of a caption."""
+    images: defaultdict[tuple[str, ...], dict[str, None]] = defaultdict(dict)
+    for sample in workspace.all_samples:
+        images[sample.prompts][str(sample.image_path)] = None
+    return [
+        finding
+        for prompts, paths in images.items()
+        for finding in _findings_of(prompts, [lints[prompt] for prompt in prompts], tuple(paths))
+    ]
+
+
+def _findings_of(
+    prompts: Sequence[str], lints: Sequence[PromptLint], images: tuple[str, ...]
+) -> Iterable[Finding]:
+    if "" in prompts:
+        yield Finding(kind="empty_caption", images=images)
+    if cut := max(lint.num_cut or 0 for lint in lints):
+        yield Finding(kind="tokens_cut", images=images, count=cut)
+    if quoted := _distinct(lint.quoted for lint in lints):
+        yield Finding(kind="quoted_text", images=images, texts=quoted)
+    if cut := max(lint.num_glyph_cut for lint in lints):
+        yield Finding(kind="quoted_text_cut", images=images, texts=quoted, count=cut)
+    if texts := _distinct(lint.single_quoted for lint in lints):
+        yield Finding(kind="single_quoted_text", images=images, texts=texts)
+    if texts := _distinct(lint.special for lint in lints):
+        yield Finding(kind="special_token", images=images, texts=texts)
+    if any(lint.begins_with_newline for lint in lints):
+        yield Finding(kind="leading_newline", images=images)
+
+
+def _distinct(texts: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text for some in texts for text in some))
+
+
+# caches -------------------------------------------------------------------------------------------------
+
+
+def _latents(config: DatasetConfig, workspace: Workspace) -> CacheState:
+    vae, identity = config.models.vae, None
+    channels = VAE_2_1.latent_channels
+    basis = f"assumed is HunyuanImage-2.1's VAE ({channels} channels), since `--vae` is not named"
+    if vae is not None:
+        channels = read_vae_arch(vae).latent_channels
+        identity = file_identity(vae, workspace.index)
+        basis = f"{channels} channels, as `{vae.name}` has them"
+    return latent_cache_state(
+        workspace.latents_dir,
+        workspace.all_samples,
+        index=workspace.index,
+        identity=identity,
+        channels=channels,
+        basis=basis,
+    )
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """Values a token, of Qwen (always bfloat16) and of byT5; where the widths are known from."""
+
+    text: int = DIT_2_1.text_dim
+    byt5: int = DIT_2_1.byt5_dim
+    byt5_dtype: str = "F16"
+    basis: str = "assumed are HunyuanImage-2.1's encoders, since `--text_encoder` and `--byt5` are not named"
+
+
+def _text(
+    config: DatasetConfig,
+    workspace: Workspace,
+    extra: Sequence[str],
+    lints: Mapping[str, PromptLint],
+    tokenizer: QwenTokenizer | None,
+) -> CacheState:
+    identity, widths = _text_encoders(config, workspace, tokenizer)
+    return text_cache_state(
+        workspace.text_dir,
+        workspace.all_samples,
+        extra,
+        index=workspace.index,
+        identity=identity,
+        shapes=_shapes(lints, widths),
+        basis=widths.basis if tokenizer is not None else "not known without a tokenizer",
+    )
+
+
+def _text_encoders(
+    config: DatasetConfig, workspace: Workspace, tokenizer: QwenTokenizer | None
+) -> tuple[str | None, _Widths]:
+    text_encoder, byt5 = config.models.text_encoder, config.models.byt5
+    if text_encoder is None or byt5 is None:
+        return None, _Widths()
+    from hyimg.encoders.text import TextEncoders  # torch, in whose types the encoders' identity is told
+
+    encoders = TextEncoders.open(
+        text_encoder, byt5, tokenizer or config.models.tokenizer, memo=workspace.index
+    )
+    widths = _Widths(
+        encoders.qwen.arch.hidden,
+        encoders.byt5.arch.d_model,
+        encoders.byt5.checkpoint.tensors[_BYT5_NORM].dtype,
+        basis=f"{encoders.qwen.arch.hidden} and {encoders.byt5.arch.d_model} values a token, as the encoders have them",
+    )
+    return encoders.identity, widths
+
+
+def _shapes(lints: Mapping[str, PromptLint], widths: _Widths) -> Callable[[str], Shapes | None]:
+    def shapes(prompt: str) -> Shapes | None:
+        lint = lints[prompt]
+        if lint.num_tokens is None:
+            return None
+        tensors: Shapes = {"text": ("BF16", (lint.num_tokens, widths.text))}
+        if lint.num_glyph_tokens:
+            tensors = {**tensors, "byt5": (widths.byt5_dtype, (lint.num_glyph_tokens, widths.byt5))}
+        return tensors
+
+    return shapes
+
+
+# notes --------------------------------------------------------------------------------------------------
+
+
+def _notes(config: DatasetConfig, buckets: Sequence[BucketRow]) -> Iterable[str]:
+    sizes = {row.size: row.native for row in buckets}
+    others = sum(not native for native in sizes.values())
+    if others:
+        native = ", ".join(f"{width}x{height}" for width, height in NATIVE_SIZES)
+        yield f"bucket sizes that are none of the model's five native ones ({native}): {others} of {len(sizes)}"
+    if (config.models.text_encoder is None) != (config.models.byt5 is None):
+        yield "`--text_encoder` and `--byt5` say which text cache is meant only when both are named"
