@@ -112,6 +112,10 @@ class Index:
             "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", *((folder, *entry) for entry in entries)
         )
 
+    def forget_checked_entries(self, folder: str, names: Iterable[str]) -> None:
+        """Forgets that the checksums of these entries were right."""
+        self._write("DELETE FROM entries WHERE folder = ? AND name = ?", *((folder, name) for name in names))
+
     # the connection -------------------------------------------------------------------------------------
 
     def _row(self, query: str, *values: object) -> tuple[Any, ...] | None:

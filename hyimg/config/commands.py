@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hyimg.config.dataset import CachesInTraining, DatasetOptions, LatentCaching, TextCaching
+from hyimg.config.dataset import CachesInTraining, CacheUpkeep, DatasetOptions, LatentCaching, TextCaching
 from hyimg.config.flow import FlowMatching, LossOptions
 from hyimg.config.models import Compute, DiTFile, Memory, TextEncoderFiles, TrainingMemory, VAEFile
 from hyimg.config.network import NetworkShape, NetworkTraining
@@ -22,6 +22,7 @@ class CacheLatentsConfig:
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     vae: VAEFile = field(default_factory=VAEFile)
     caching: LatentCaching = field(default_factory=LatentCaching)
+    upkeep: CacheUpkeep = field(default_factory=CacheUpkeep)
     compute: Compute = field(default_factory=Compute)
     common: Common = field(default_factory=Common)
 
@@ -33,6 +34,7 @@ class CacheTextConfig:
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     encoders: TextEncoderFiles = field(default_factory=TextEncoderFiles)
     caching: TextCaching = field(default_factory=TextCaching)
+    upkeep: CacheUpkeep = field(default_factory=CacheUpkeep)
     compute: Compute = field(default_factory=Compute)
     common: Common = field(default_factory=Common)
 

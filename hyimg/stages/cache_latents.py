@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,8 @@ from hyimg.cache.latents import LatentStore
 from hyimg.cache.summary import CacheSummary
 from hyimg.config.commands import CacheLatentsConfig
 from hyimg.data.pixels import image_batches
-from hyimg.data.plan import plan_latents
+from hyimg.data.plan import LatentPlan, latent_tasks
+from hyimg.data.upkeep import kept_samples, prune_unused, survey, tell_damaged
 from hyimg.data.workspace import open_workspace
 from hyimg.memory.device import resolve_device, vae_dtype
 from hyimg.model.loading import check_vae, load_vae
@@ -29,15 +31,33 @@ def cache_latents(config: CacheLatentsConfig, report: Reporter) -> CacheSummary:
     device = resolve_device(config.compute.device)
     check_vae(vae_path)
     workspace = open_workspace(config.dataset, report)
+    kept = kept_samples(config.upkeep, config.dataset, workspace.index)
     store = LatentStore(
         workspace.latents_dir, file_identity(vae_path, workspace.index), index=workspace.index
     )
-    plan = plan_latents(workspace.all_samples, store)
-    if not plan.todo:
+    tasks = latent_tasks(workspace.all_samples, store)
+    plan = LatentPlan.of(tasks, survey(store, tasks, config.upkeep, report))
+    tell_damaged(plan.damaged, report)
+    if plan.todo:
+        _encode(config, vae_path, device, plan, store, report)
+    else:
         report.note(f"latents: all {plan.num_done} are cached in {workspace.latents_dir}")
-        return CacheSummary(0, plan.num_done)
+    num_pruned = 0
+    if config.upkeep.prune:
+        keep = tasks.keys() | latent_tasks(kept, store).keys()
+        num_pruned = prune_unused(store, keep, workspace, report)
+    return CacheSummary(len(plan.todo), plan.num_done, len(plan.damaged), num_pruned)
 
-    require_writable_folder(workspace.latents_dir)
+
+def _encode(
+    config: CacheLatentsConfig,
+    vae_path: Path,
+    device: torch.device,
+    plan: LatentPlan,
+    store: LatentStore,
+    report: Reporter,
+) -> None:
+    require_writable_folder(store.folder)
     dtype = vae_dtype(config.compute.mixed_precision, device)
     vae = load_vae(
         vae_path, device=device, dtype=dtype, mmap=not config.compute.disable_mmap_load_safetensors
@@ -55,6 +75,5 @@ def cache_latents(config: CacheLatentsConfig, report: Reporter) -> CacheSummary:
             task.advance(len(batch.tasks))
     report.note(
         f"latents: {len(plan.todo)} made in {duration_text(time.monotonic() - started)}, {plan.num_done} kept, "
-        f"in {workspace.latents_dir}"
+        f"in {store.folder}"
     )
-    return CacheSummary(len(plan.todo), plan.num_done)

@@ -10,7 +10,8 @@ from hyimg.cache.atomic import require_writable_folder
 from hyimg.cache.summary import CacheSummary
 from hyimg.cache.text import TextEntry, TextStore
 from hyimg.config.commands import CacheTextConfig
-from hyimg.data.plan import plan_text
+from hyimg.data.plan import TextPlan, text_tasks
+from hyimg.data.upkeep import kept_samples, prune_unused, survey, tell_damaged
 from hyimg.data.workspace import open_workspace
 from hyimg.encoders.progress import encode_prompts
 from hyimg.encoders.text import TextEncoders
@@ -31,6 +32,7 @@ def cache_text(config: CacheTextConfig, report: Reporter) -> CacheSummary:
     device = torch.device("cpu") if files.text_encoder_cpu else resolve_device(config.compute.device)
     extra = _sample_prompts(config)
     workspace = open_workspace(config.dataset, report)
+    kept = kept_samples(config.upkeep, config.dataset, workspace.index)
     encoders = TextEncoders.open(
         files.text_encoder,
         files.byt5,
@@ -41,20 +43,29 @@ def cache_text(config: CacheTextConfig, report: Reporter) -> CacheSummary:
         memo=workspace.index,
     )
     store = TextStore(workspace.text_dir, encoders.identity, index=workspace.index)
-    plan = plan_text(workspace.all_samples, store, extra)
-    if not plan.todo:
+    tasks = text_tasks(workspace.all_samples, store, extra)
+    plan = TextPlan.of(tasks, survey(store, tasks, config.upkeep, report))
+    tell_damaged(plan.damaged, report)
+    if plan.todo:
+        _encode(encoders, plan, store, report)
+    else:
         report.note(f"text: all {plan.num_done} prompts are cached in {workspace.text_dir}")
-        return CacheSummary(0, plan.num_done)
+    num_pruned = 0
+    if config.upkeep.prune:
+        keep = tasks.keys() | text_tasks(kept, store).keys()
+        num_pruned = prune_unused(store, keep, workspace, report)
+    return CacheSummary(len(plan.todo), plan.num_done, len(plan.damaged), num_pruned)
 
-    require_writable_folder(workspace.text_dir)
+
+def _encode(encoders: TextEncoders, plan: TextPlan, store: TextStore, report: Reporter) -> None:
+    require_writable_folder(store.folder)
     started = time.monotonic()
     for prompt, encoded in encode_prompts(encoders, plan.todo, report):
         store.write(prompt, TextEntry(encoded.text_TD, encoded.byt5_SE))
     report.note(
-        f"text: {len(plan.todo)} prompts made in {duration_text(time.monotonic() - started)}, {plan.num_done} kept, "
-        f"in {workspace.text_dir}"
+        f"text: {len(plan.todo)} prompts made in {duration_text(time.monotonic() - started)}, "
+        f"{plan.num_done} kept, in {store.folder}"
     )
-    return CacheSummary(len(plan.todo), plan.num_done)
 
 
 def _sample_prompts(config: CacheTextConfig) -> list[str]:
