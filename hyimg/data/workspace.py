@@ -58,6 +58,10 @@ def open_workspace(options: DatasetOptions, report: Reporter, **defaults: object
     found = scan(
         dataset_file, index, caption_variants=options.caption_variants, on_bad_image=options.on_bad_image
     )
+    if index.was_damaged:
+        report.warning(
+            f"the index in `{cache_dir}` was damaged and is made anew: images and entries are read once"
+        )
     for note in found.notes:
         report.warning(note)
     for path, reason in found.skipped:
