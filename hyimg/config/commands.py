@@ -11,7 +11,7 @@ from hyimg.config.models import Compute, DiTFile, Memory, TextEncoderFiles, Trai
 from hyimg.config.network import NetworkShape, NetworkTraining
 from hyimg.config.optimizer import LearningRate, Optimizer
 from hyimg.config.rendering import InferOutput, LoRAFiles, Prompt, Sampling, SheetOptions
-from hyimg.config.run import Duration, Hub, Logging, Metadata, Saving, Validation
+from hyimg.config.run import Duration, Hub, Logging, Metadata, ProcessCount, Saving, Validation
 from hyimg.config.tools import Common, Conversion, Demo, Inspection, PluginList, TinyModel
 
 
@@ -23,6 +23,7 @@ class CacheLatentsConfig:
     vae: VAEFile = field(default_factory=VAEFile)
     caching: LatentCaching = field(default_factory=LatentCaching)
     upkeep: CacheUpkeep = field(default_factory=CacheUpkeep)
+    processes: ProcessCount = field(default_factory=ProcessCount)
     compute: Compute = field(default_factory=Compute)
     common: Common = field(default_factory=Common)
 
@@ -35,6 +36,7 @@ class CacheTextConfig:
     encoders: TextEncoderFiles = field(default_factory=TextEncoderFiles)
     caching: TextCaching = field(default_factory=TextCaching)
     upkeep: CacheUpkeep = field(default_factory=CacheUpkeep)
+    processes: ProcessCount = field(default_factory=ProcessCount)
     compute: Compute = field(default_factory=Compute)
     common: Common = field(default_factory=Common)
 

@@ -11,7 +11,8 @@ from hyimg.cache.pruning import other_models, prune
 from hyimg.config.dataset import CacheUpkeep, DatasetOptions
 from hyimg.data.sample import Sample
 from hyimg.data.workspace import Workspace, samples_for
-from hyimg.errors import HyimgError
+from hyimg.errors import HyimgError, RunError
+from hyimg.memory.processes import Processes
 from hyimg.report import Reporter, size_text
 
 _MOST_LISTED = 20
@@ -30,8 +31,24 @@ def kept_samples(upkeep: CacheUpkeep, options: DatasetOptions, index: Index) -> 
     return [sample for path in upkeep.keep_for for sample in samples_for(path, options, index)]
 
 
-def survey(store: EntryStore, keys: Collection[str], upkeep: CacheUpkeep, report: Reporter) -> Survey:
-    """Which of `keys` have a good entry in `store`; with `--verify` every one is read, with progress."""
+def survey(
+    store: EntryStore, keys: Collection[str], upkeep: CacheUpkeep, report: Reporter, processes: Processes
+) -> Survey:
+    """Which of `keys` have a good entry in `store`; with `--verify` every one is read, with progress.
+
+    The main process looks, and all know: so they agree on what is to be done whoever else fills the cache.
+    """
+    found = _look(store, keys, upkeep, report) if processes.is_main else Survey(set(), {})
+    if processes.world == 1:
+        return found
+    told = processes.broadcast({"todo": [k for k in keys if k not in found.good], "damaged": found.damaged})
+    todo = set(told["todo"])
+    if not todo <= set(keys):
+        raise RunError("the dataset changed while the processes started", hint="run the same command again")
+    return Survey({key for key in keys if key not in todo}, told["damaged"])
+
+
+def _look(store: EntryStore, keys: Collection[str], upkeep: CacheUpkeep, report: Reporter) -> Survey:
     if upkeep.verify:
         with report.task(f"verify {store.kind} cache", len(keys), unit="entry") as task:
             found = store.survey(keys, verify=True, progress=task.advance)
