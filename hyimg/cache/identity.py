@@ -10,9 +10,8 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hyimg.errors import HyimgError
 
@@ -20,8 +19,7 @@ _CHUNK_BYTES = 1 << 22
 _MODEL_SUFFIXES = (".safetensors", ".json")
 
 
-@dataclass(frozen=True)
-class FileStat:
+class FileStat(NamedTuple):
     """What tells an untouched file from an edited one without reading it."""
 
     size: int

@@ -6,8 +6,8 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from hyimg.cache.identity import FileStat, hash_bytes
 from hyimg.cache.index import Index
@@ -17,8 +17,7 @@ from hyimg.data.images import probe
 _MOST_THREADS = 8
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """A readable image: sha256 of its file, and (width, height) as seen."""
 
     sha256: str

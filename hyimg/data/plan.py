@@ -30,6 +30,7 @@ from hyimg.cache.index import Index
 from hyimg.cache.latents import LatentRecipe, LatentStore
 from hyimg.cache.text import TextStore
 from hyimg.data.buckets import Size
+from hyimg.data.collector import collector_paused
 from hyimg.data.sample import EMPTY_PROMPT, Sample
 from hyimg.errors import HyimgError
 
@@ -102,6 +103,7 @@ class TextPlan:
         return self.todo[rank::world]
 
 
+@collector_paused()
 def latent_tasks(samples: Iterable[Sample], store: LatentStore) -> dict[str, LatentTask]:
     """Every latent entry of `samples`, by its key in `store`."""
     return {
@@ -111,6 +113,7 @@ def latent_tasks(samples: Iterable[Sample], store: LatentStore) -> dict[str, Lat
     }
 
 
+@collector_paused()
 def plan_latents(
     samples: Iterable[Sample], store: LatentStore, *, verify: bool = False, progress: Progress | None = None
 ) -> LatentPlan:
@@ -125,6 +128,7 @@ def prompts_of(samples: Iterable[Sample], extra_prompts: Iterable[str] = ()) -> 
     return list(dict.fromkeys([EMPTY_PROMPT, *from_samples, *extra_prompts]))
 
 
+@collector_paused()
 def text_tasks(
     samples: Iterable[Sample], store: TextStore, extra_prompts: Iterable[str] = ()
 ) -> dict[str, str]:
@@ -132,6 +136,7 @@ def text_tasks(
     return {store.key(prompt): prompt for prompt in prompts_of(samples, extra_prompts)}
 
 
+@collector_paused()
 def plan_text(
     samples: Iterable[Sample],
     store: TextStore,
