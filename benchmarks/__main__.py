@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import samples
+from benchmarks import samples, text_encoder
 from benchmarks.figures import HYIMG, Figure, command, median
 
 LORA_BYTES = 400_000_000
@@ -32,8 +32,17 @@ def main() -> None:
     parser.add_argument(
         "--samples", action="store_true", help="only the start of `train` on up to 100,000 samples (minutes)"
     )
+    parser.add_argument(
+        "--text-encoder",
+        action="store_true",
+        help="only the text encoder layer by layer, beside the whole one (minutes)",
+    )
     options = parser.parse_args()
-    part = samples.measure if options.samples else measure
+    part = measure
+    if options.samples:
+        part = samples.measure
+    elif options.text_encoder:
+        part = text_encoder.measure
     scratch = options.output / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

@@ -25,24 +25,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from hyimg.cache.atomic import TEMPORARY_SUFFIX, atomic_path, atomic_write_text
+from hyimg.cache.atomic import atomic_path, atomic_write_text
 from hyimg.cache.entry_file import RawTensor, canonical_json, pack, unpack
 from hyimg.cache.index import Index
+from hyimg.cache.listing import ENTRY_SUFFIX, EntryStat, list_entries
 from hyimg.errors import HyimgError
 
 FORMAT_VERSION = 1
 """Raised whenever an entry would hold other numbers for the same recipe; then every key changes."""
 
-_SUFFIX = ".safetensors"
 _IDENTITY_FILE = "model.json"
 _IDENTITY_CHARS = 16
-_LEFTOVER_SECONDS = 3600.0
 _BACKDATE_NS = 3_000_000_000
 _MOST_THREADS = 8
 _READ_AHEAD = 1024
-
-EntryStat = tuple[int, int]
-"""Size and mtime_ns of an entry's file: while they stay, a checksum that was right counts as right."""
 
 
 class MissingEntryError(HyimgError):
@@ -105,7 +101,7 @@ class EntryStore:
         return hashlib.sha256(canonical_json(made_from).encode()).hexdigest()
 
     def path(self, key: str) -> Path:
-        return self.entries_folder / key[:2] / f"{key}{_SUFFIX}"
+        return self.entries_folder / key[:2] / f"{key}{ENTRY_SUFFIX}"
 
     def has(self, key: str) -> bool:
         """Whether an entry's file is there, unread (`good` says whether it is right)."""
@@ -266,19 +262,7 @@ class EntryStore:
 
     def listing(self) -> dict[str, EntryStat]:
         """key -> size and mtime of every entry's file. Temporary files left by killed runs are removed."""
-        found: dict[str, EntryStat] = {}
-        for folder in _scan(self.entries_folder):
-            if not folder.is_dir():
-                continue
-            for file in _scan(folder.path):
-                # a file may vanish meanwhile: another process renames or removes it
-                with contextlib.suppress(OSError):
-                    if file.name.endswith(_SUFFIX):
-                        stat = file.stat()
-                        found[file.name[: -len(_SUFFIX)]] = (stat.st_size, stat.st_mtime_ns)
-                    elif file.name.endswith(TEMPORARY_SUFFIX) and _is_leftover(file):
-                        os.unlink(file.path)
-        return found
+        return list_entries(self.entries_folder)
 
     @property
     def _index_folder(self) -> str:
@@ -296,16 +280,3 @@ def _set_aside(folder: Path) -> None:
     aside = folder.with_name(f"{folder.name}.set-aside-{secrets.token_hex(4)}")
     with contextlib.suppress(OSError):
         os.replace(folder, aside)
-
-
-def _is_leftover(file: os.DirEntry[str]) -> bool:
-    # entries in the making are dated back by seconds only, so an hour is a killed run's
-    return time.time() - file.stat().st_mtime > _LEFTOVER_SECONDS
-
-
-def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as found:
-            return list(found)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
