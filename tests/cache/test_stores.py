@@ -143,6 +143,19 @@ def test_a_warm_check_reads_no_entry_and_verify_reads_all(
     assert len(reads) == 2 * len(keys)
 
 
+def test_damage_that_verify_has_found_is_damage_for_a_plain_look_too(tmp_path: Path) -> None:
+    """A run that is killed between finding and mending must not leave the index saying that all is well."""
+    store = TextStore(tmp_path / "text", "encoder", index=Index(tmp_path))
+    store.write("a cat", TextEntry(torch.zeros(2, 4)))
+    key = store.key("a cat")
+    path, stat = store.path(key), store.path(key).stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert store.good([key]) == {key}
+    assert "checksum" in store.survey([key], verify=True).damaged[key]
+    assert store.good([key]) == set()
+
+
 def test_the_models_that_made_entries_are_known(tmp_path: Path) -> None:
     assert TextStore.identities(tmp_path) == []
     for identity in ("one", "two/../\n"):

@@ -115,6 +115,13 @@ def test_an_error_of_input_is_told_once(fill, cold, launcher):
     assert contents(cold, "latents") == {}
 
 
+def test_an_error_that_every_process_finds_is_told_once(cold):
+    missing = ["cache-latents", "--dataset_config", str(cold), "--vae", "nowhere.safetensors"]
+    _, err = start("torchrun", missing).communicate(timeout=300)
+    assert err.count("error: ") == 1
+    assert "nowhere.safetensors" in err
+
+
 def test_an_error_in_one_process_ends_all_with_its_message_and_code(fill, cold, tmp_path):
     """The second process finds a broken disk."""
     broken = tmp_path / "broken.py"
