@@ -10,28 +10,16 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
-import statistics
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-HYIMG = [sys.executable, "-m", "hyimg"]
+from benchmarks import samples, text_encoder
+from benchmarks.figures import HYIMG, Figure, command, median
+
 LORA_BYTES = 400_000_000
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One row: what, how much, and what it is compared with."""
-
-    name: str
-    seconds: float
-    peak_mb: float | None = None
-    beside: str = ""
 
 
 def main() -> None:
@@ -41,12 +29,25 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("bench"), help="folder for results and scratch files"
     )
+    parser.add_argument(
+        "--samples", action="store_true", help="only the start of `train` on up to 100,000 samples (minutes)"
+    )
+    parser.add_argument(
+        "--text-encoder",
+        action="store_true",
+        help="only the text encoder layer by layer, beside the whole one (minutes)",
+    )
     options = parser.parse_args()
+    part = measure
+    if options.samples:
+        part = samples.measure
+    elif options.text_encoder:
+        part = text_encoder.measure
     scratch = options.output / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     figures = []
-    for figure in measure(scratch, options.runs):
+    for figure in part(scratch, options.runs):
         figures.append(figure)
         memory = f"{figure.peak_mb:8.0f} MB" if figure.peak_mb is not None else " " * 11
         print(f"{figure.name:44} {figure.seconds:8.3f} s {memory}  {figure.beside}", flush=True)
@@ -61,9 +62,9 @@ def main() -> None:
 
 def measure(scratch: Path, runs: int) -> Iterator[Figure]:
     """Every figure, in order."""
-    yield _command("hyimg --help", ["--help"], runs, "goal 0.4 s")
-    yield _command("hyimg train --help", ["train", "--help"], runs, "goal 0.7 s")
-    yield _command("hyimg inspect-modules --json", ["inspect-modules", "--json"], runs, "goal 1 s")
+    yield command("hyimg --help", ["--help"], runs, "goal 0.4 s")
+    yield command("hyimg train --help", ["train", "--help"], runs, "goal 0.7 s")
+    yield command("hyimg inspect-modules --json", ["inspect-modules", "--json"], runs, "goal 1 s")
     yield from _conversion(scratch, runs)
     yield from _warm_training(scratch, runs)
 
@@ -73,7 +74,7 @@ def _conversion(scratch: Path, runs: int) -> Iterator[Figure]:
     source, copy = scratch / "lora.safetensors", scratch / "copy.safetensors"
     _write_lora(source)
     arguments = ["convert-comfy", str(source), str(scratch / "comfy.safetensors"), "--overwrite"]
-    ours = _command("convert-comfy, 400 MB", arguments, runs, "goal 150 MB")
+    ours = command("convert-comfy, 400 MB", arguments, runs, "goal 150 MB")
     yield ours
 
     def coreutils() -> None:
@@ -81,7 +82,7 @@ def _conversion(scratch: Path, runs: int) -> Iterator[Figure]:
         subprocess.run(["sha256sum", source], check=True, stdout=subprocess.DEVNULL)
 
     if shutil.which("sha256sum"):
-        beside = _median(coreutils, runs)
+        beside = median(coreutils, runs)
         yield Figure(
             "cp and sha256sum of that file", beside, beside=f"ours {ours.seconds / beside:.2f} of it"
         )
@@ -103,7 +104,7 @@ def _warm_training(scratch: Path, runs: int) -> Iterator[Figure]:
     ]
     for arguments in fill:
         subprocess.run([*HYIMG, *arguments], check=True, stderr=subprocess.DEVNULL)
-        yield _command(f"{arguments[0]}, all cached", arguments, runs)
+        yield command(f"{arguments[0]}, all cached", arguments, runs)
     train = [
         "train",
         "--dit",
@@ -113,7 +114,7 @@ def _warm_training(scratch: Path, runs: int) -> Iterator[Figure]:
         str(scratch / "run"),
         "--overwrite",
     ]
-    yield _command("train, start to one step, all cached", [*train, "--max_train_steps", "1"], runs)
+    yield command("train, start to one step, all cached", [*train, "--max_train_steps", "1"], runs)
 
 
 _MODEL_FILES = {
@@ -122,35 +123,6 @@ _MODEL_FILES = {
     "byt5": "byt5_small_glyphxl_fp16.safetensors",
     "vae": "hunyuan_image_2.1_vae_fp16.safetensors",
 }
-
-
-def _command(name: str, arguments: list[str], runs: int, beside: str = "") -> Figure:
-    """The median time and memory of a command line."""
-    peaks = []
-
-    def run() -> None:
-        done = subprocess.Popen([*HYIMG, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(done.pid, 0)
-        assert os.waitstatus_to_exitcode(status) == 0, arguments
-        peaks.append(_peak_mb(usage))
-
-    seconds = _median(run, runs)
-    return Figure(name, seconds, statistics.median(peaks), beside)
-
-
-def _median(run: Callable[[], None], runs: int) -> float:
-    run()
-    times = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
-def _peak_mb(usage: resource.struct_rusage) -> float:
-    # Linux counts kilobytes, macOS bytes
-    return usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def _write_lora(path: Path) -> None:

@@ -24,6 +24,11 @@ class HyimgError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # errors travel between processes; what a subclass knows beyond this stays behind
+        kind = RunError if self.exit_code == RunError.exit_code else HyimgError
+        return _rebuilt, (kind, self.message, self.hint)
+
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
 
@@ -32,6 +37,10 @@ class RunError(HyimgError):
     """A correctly asked run that could not be finished (disk full, out of memory, a diverged loss)."""
 
     exit_code = 1
+
+
+def _rebuilt(kind: type[HyimgError], message: str, hint: str | None) -> HyimgError:
+    return kind(message, hint=hint)
 
 
 def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> list[str]:

@@ -9,6 +9,8 @@ import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
 
+# tests run side by side, on models too small for threads to help
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # installed packages must not change what a test sees; the plugin tests ask for them by name
 os.environ["HYIMG_LOAD_PLUGINS"] = ""
 # a machine with a hub and one without must act alike

@@ -6,34 +6,39 @@ The key of an entry is the hash of everything that makes it (its recipe, the mod
 version), so nothing in the store can be stale; what can happen is damage, and each entry carries a
 checksum (`hyimg.cache.entry_file`). `EntryStore` is what the latent and the text store share:
 
-- a stage asks `good(keys)` which entries need not be made, and writes the others;
+- a stage asks `survey(keys)` which entries need not be made and which were damaged, and writes the others;
 - the training reader reads, and a missing or damaged entry is an error that names the command to run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from hyimg.cache.atomic import TEMPORARY_SUFFIX, atomic_path, atomic_write_text
+from hyimg.cache.atomic import atomic_path, atomic_write_text
 from hyimg.cache.entry_file import RawTensor, canonical_json, pack, unpack
 from hyimg.cache.index import Index
+from hyimg.cache.listing import ENTRY_SUFFIX, EntryStat, list_entries
 from hyimg.errors import HyimgError
 
 FORMAT_VERSION = 1
 """Raised whenever an entry would hold other numbers for the same recipe; then every key changes."""
 
-_SUFFIX = ".safetensors"
 _IDENTITY_FILE = "model.json"
 _IDENTITY_CHARS = 16
-_LEFTOVER_SECONDS = 3600.0
 _BACKDATE_NS = 3_000_000_000
+_MOST_THREADS = 8
+_READ_AHEAD = 1024
 
 
 class MissingEntryError(HyimgError):
@@ -41,7 +46,22 @@ class MissingEntryError(HyimgError):
 
 
 class DamagedEntryError(HyimgError):
-    """An entry's file is cut short, altered, or holds something else."""
+    """An entry's file is cut short, altered, or holds something else; `reason` says which."""
+
+    def __init__(self, message: str, *, reason: str = "", hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Of the keys that were asked for: those whose entries are right, and what is wrong with the damaged ones.
+
+    A key in neither has no entry.
+    """
+
+    good: set[str]
+    damaged: dict[str, str]
 
 
 class EntryStore:
@@ -62,6 +82,7 @@ class EntryStore:
         self.model_identity = model_identity
         self.entries_folder = self.folder / _folder_name(model_identity)
         self._index = index
+        self._named = False
 
     @classmethod
     def identities(cls, folder: Path | str) -> list[str]:
@@ -80,7 +101,7 @@ class EntryStore:
         return hashlib.sha256(canonical_json(made_from).encode()).hexdigest()
 
     def path(self, key: str) -> Path:
-        return self.entries_folder / key[:2] / f"{key}{_SUFFIX}"
+        return self.entries_folder / key[:2] / f"{key}{ENTRY_SUFFIX}"
 
     def has(self, key: str) -> bool:
         """Whether an entry's file is there, unread (`good` says whether it is right)."""
@@ -94,9 +115,13 @@ class EntryStore:
         Raises `HyimgError` where the folder cannot be written, `RunError` where the disk is full.
         """
         data = pack(key, tensors, recipe)
-        self._name_the_model()
+        if not self._named:
+            self.name_the_model()
+        path = self.path(key)
+        if path.is_dir():
+            _set_aside(path)
         # the checksum sees what a power cut does, so the flush (several ms an entry) is left out
-        with atomic_path(self.path(key), durable=False) as temporary:
+        with atomic_path(path, durable=False) as temporary:
             temporary.write_bytes(data)
             # dated back, so that damage right after writing cannot hide within one tick of the file clock
             written_ns = time.time_ns() - _BACKDATE_NS
@@ -105,11 +130,38 @@ class EntryStore:
         if self._index is not None:
             self._index.remember_checked_entries(self._index_folder, [(key, stat.st_size, stat.st_mtime_ns)])
 
-    def _name_the_model(self) -> None:
+    def name_the_model(self) -> None:
+        """Writes which model the entries are of, unless it stands there; raises as `atomic_path`."""
         path = self.entries_folder / _IDENTITY_FILE
-        if not path.is_file():
-            text = canonical_json({"identity": self.model_identity, "kind": self.kind})
-            atomic_write_text(path, text + "\n")
+        text = canonical_json({"identity": self.model_identity, "kind": self.kind}) + "\n"
+        try:
+            there = path.read_bytes()
+        except OSError:
+            there = b""
+        if there != text.encode():
+            atomic_write_text(path, text)
+        self._named = True
+
+    def remove(self, keys: Mapping[str, EntryStat]) -> dict[str, EntryStat]:
+        """Removes entries whose files are still the ones listed; those that were removed."""
+        removed: dict[str, EntryStat] = {}
+        try:
+            for key, stat in keys.items():
+                path = self.path(key)
+                with contextlib.suppress(FileNotFoundError):
+                    now = path.stat()
+                    if (now.st_size, now.st_mtime_ns) == stat:
+                        path.unlink()
+                        removed[key] = stat
+        except OSError as error:
+            raise HyimgError(
+                f"cannot remove entries from the {self.kind} cache `{self.entries_folder}`: {error.strerror}",
+                hint="prune as a user who may write there",
+            ) from error
+        finally:
+            if self._index is not None and removed:
+                self._index.forget_checked_entries(self._index_folder, removed)
+        return removed
 
     # reading --------------------------------------------------------------------------------------------
 
@@ -120,78 +172,100 @@ class EntryStore:
         """
         path = self.path(key)
         try:
-            if path.is_dir():
-                raise self._damaged(key, "it is a folder", hint="remove the folder, and ")
             data = path.read_bytes()
         except FileNotFoundError as error:
             raise MissingEntryError(
                 f"no {self.kind} cache entry `{path.name}` in `{path.parent}`", hint=f"run `{self.command}`"
             ) from error
         except OSError as error:
+            # a folder in its place, a bad sector: another file in its place mends either
+            if error.errno in (errno.EISDIR, errno.EIO) or path.is_dir():
+                raise self._damaged(key, error.strerror or str(error)) from error
             raise HyimgError(f"cannot read the {self.kind} cache entry `{path}`: {error.strerror}") from error
         try:
             return unpack(key, data)
         except ValueError as error:
             raise self._damaged(key, str(error)) from error
 
-    def _damaged(self, key: str, reason: str, hint: str = "") -> DamagedEntryError:
+    def _damaged(self, key: str, reason: str) -> DamagedEntryError:
         """The error, once the index no longer says that the entry is right, so that the hint's command acts."""
         if self._index is not None:
-            # a size that no file has: the index forgets nothing else
-            self._index.remember_checked_entries(self._index_folder, [(key, -1, -1)])
+            self._index.forget_checked_entries(self._index_folder, [key])
         return DamagedEntryError(
             f"the {self.kind} cache entry `{self.path(key)}` is damaged: {reason}",
-            hint=f"{hint}run `{self.command}`, which makes exactly the damaged and missing entries again",
+            reason=reason,
+            hint=f"run `{self.command} --verify`, which makes exactly the damaged and missing entries again",
         )
 
     def is_good(self, key: str) -> bool:
         """Whether an entry is there and its checksum is right; always reads the file."""
+        return self._trouble(key) is None
+
+    def _trouble(self, key: str) -> str | None:
+        """What is wrong with an entry's file ("" where there is none), or None; always reads it."""
         try:
             self.read_raw(key)
-        except (MissingEntryError, DamagedEntryError):
-            return False
-        return True
+        except MissingEntryError:
+            return ""
+        except DamagedEntryError as error:
+            return error.reason
+        return None
 
     def good(
         self, keys: Iterable[str], *, verify: bool = False, progress: Callable[[int], None] | None = None
     ) -> set[str]:
-        """Those of `keys` whose entries are there and undamaged; the others count as missing.
+        """Those of `keys` whose entries are there and undamaged; see `survey`."""
+        return self.survey(keys, verify=verify, progress=progress).good
+
+    def survey(
+        self, keys: Iterable[str], *, verify: bool = False, progress: Callable[[int], None] | None = None
+    ) -> Survey:
+        """Which of `keys` have a good entry, and which a damaged one, which counts as missing.
 
         A file that is untouched since its checksum was last seen right is not read again, unless
         `verify`. `progress` is called with the number of keys settled since its last call.
         """
-        there = self._listing()
+        there = self.listing()
         known = {} if self._index is None or verify else self._index.checked_entries(self._index_folder)
         good: set[str] = set()
-        checked: list[tuple[str, int, int]] = []
+        unread: list[str] = []
+        num_keys = 0
         for key in keys:
+            num_keys += 1
             if (stat := there.get(key)) is not None:
                 if known.get(key) == stat:
                     good.add(key)
-                elif self.is_good(key):
-                    good.add(key)
-                    checked.append((key, *stat))
+                else:
+                    unread.append(key)
+        if progress is not None:
+            progress(num_keys - len(unread))
+        damaged: dict[str, str] = {}
+        for key, trouble in self._read_all(unread):
+            if trouble is None:
+                good.add(key)
+            elif trouble:
+                damaged[key] = trouble
             if progress is not None:
                 progress(1)
-        if self._index is not None and checked:
-            self._index.remember_checked_entries(self._index_folder, checked)
-        return good
+        if self._index is not None:
+            right = [(key, *there[key]) for key in unread if key in good]
+            if right:
+                self._index.remember_checked_entries(self._index_folder, right)
+            if damaged:
+                # damage that keeps size and time must not count as right in the next run either
+                self._index.forget_checked_entries(self._index_folder, damaged)
+        return Survey(good, damaged)
 
-    def _listing(self) -> dict[str, tuple[int, int]]:
-        """key -> (size, mtime_ns) of every entry's file. Temporary files left by killed runs are removed."""
-        found: dict[str, tuple[int, int]] = {}
-        for folder in _scan(self.entries_folder):
-            if not folder.is_dir():
-                continue
-            for file in _scan(folder.path):
-                # a file may vanish meanwhile: another process renames or removes it
-                with contextlib.suppress(OSError):
-                    if file.name.endswith(_SUFFIX):
-                        stat = file.stat()
-                        found[file.name[: -len(_SUFFIX)]] = (stat.st_size, stat.st_mtime_ns)
-                    elif file.name.endswith(TEMPORARY_SUFFIX) and _is_leftover(file):
-                        os.unlink(file.path)
-        return found
+    def _read_all(self, keys: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+        """(key, what is wrong with it) of each; hashing releases the interpreter lock, so threads help."""
+        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(keys), _READ_AHEAD):
+                chunk = keys[start : start + _READ_AHEAD]
+                yield from zip(chunk, pool.map(self._trouble, chunk), strict=True)
+
+    def listing(self) -> dict[str, EntryStat]:
+        """key -> size and mtime of every entry's file. Temporary files left by killed runs are removed."""
+        return list_entries(self.entries_folder)
 
     @property
     def _index_folder(self) -> str:
@@ -204,14 +278,8 @@ def _folder_name(identity: str) -> str:
     return hashlib.sha256(identity.encode()).hexdigest()[:_IDENTITY_CHARS]
 
 
-def _is_leftover(file: os.DirEntry[str]) -> bool:
-    # entries in the making are dated back by seconds only, so an hour is a killed run's
-    return time.time() - file.stat().st_mtime > _LEFTOVER_SECONDS
-
-
-def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as found:
-            return list(found)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+def _set_aside(folder: Path) -> None:
+    """Renames a folder that stands where an entry belongs: what is in it is somebody's, and is kept."""
+    aside = folder.with_name(f"{folder.name}.set-aside-{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):
+        os.replace(folder, aside)

@@ -30,9 +30,13 @@ class RawTensor:
     data: bytes | memoryview
 
 
+# made once: `json.dumps` makes one for every call, which is most of the cost of a key
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
 def canonical_json(value: object) -> str:
     """JSON with one spelling for equal values: what keys are hashed from."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def pack(key: str, tensors: Mapping[str, RawTensor], recipe: Mapping[str, object]) -> bytes:

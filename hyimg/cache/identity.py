@@ -11,9 +11,8 @@ import os
 import stat as stat_module
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hyimg.errors import HyimgError
 
@@ -21,8 +20,7 @@ _CHUNK_BYTES = 1 << 22
 _MODEL_SUFFIXES = (".safetensors", ".json")
 
 
-@dataclass(frozen=True)
-class FileStat:
+class FileStat(NamedTuple):
     """What tells an untouched file from an edited one without reading it."""
 
     size: int

@@ -17,6 +17,7 @@ from hyimg.cli import commands
 from hyimg.cli.flags import CONTEXT_SETTINGS, TRACEBACK_FLAG, add_command
 from hyimg.config import commands as configs
 from hyimg.errors import HyimgError, did_you_mean
+from hyimg.memory.processes import Processes
 
 _INTERRUPTED = 130
 _LESS_MEMORY = (
@@ -156,6 +157,8 @@ def _usage(error: typer.TyperException) -> tuple[str, str | None]:
 
 
 def _complain(message: str, hint: str | None) -> None:
+    if not Processes.current().is_first_to_fail():
+        return  # another of the launcher's processes has said why all of them end
     typer.echo(f"error: {message}", err=True)
     if hint:
         typer.echo(f"hint: {hint}", err=True)

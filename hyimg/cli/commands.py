@@ -17,80 +17,80 @@ from hyimg.config.commands import (
     SampleConfig,
     TrainConfig,
 )
-from hyimg.report import ConsoleReporter
+from hyimg.report import Reporter
 
 
-def dataset(config: DatasetConfig, report: ConsoleReporter) -> None:
+def dataset(config: DatasetConfig, report: Reporter) -> None:
     """Report on a dataset: images, buckets, caches, cost and captions, before any model is loaded."""
     from hyimg.stages.dataset import dataset
 
     dataset(config, report)
 
 
-def cache_latents(config: CacheLatentsConfig, report: ConsoleReporter) -> None:
+def cache_latents(config: CacheLatentsConfig, report: Reporter) -> None:
     """Encode the dataset's images with the VAE, and keep the latents on disk."""
     from hyimg.pipeline import cache_latents
 
     cache_latents(config, report)
 
 
-def cache_text(config: CacheTextConfig, report: ConsoleReporter) -> None:
+def cache_text(config: CacheTextConfig, report: Reporter) -> None:
     """Encode the dataset's captions with Qwen2.5-VL and byT5, and keep the results on disk."""
     from hyimg.pipeline import cache_text
 
     cache_text(config, report)
 
 
-def train(config: TrainConfig, report: ConsoleReporter) -> None:
+def train(config: TrainConfig, report: Reporter) -> None:
     """Train a LoRA on the cached dataset."""
     from hyimg.pipeline import train
 
     train(config, report)
 
 
-def sample(config: SampleConfig, report: ConsoleReporter) -> None:
+def sample(config: SampleConfig, report: Reporter) -> None:
     """Render a prompt file with one or more LoRA files, and make a contact sheet of the results."""
     from hyimg.stages.sample import sample
 
     sample(config, report)
 
 
-def infer(config: InferConfig, report: ConsoleReporter) -> None:
+def infer(config: InferConfig, report: Reporter) -> None:
     """Render images from prompts, with or without LoRA files."""
     from hyimg.stages.infer import infer
 
     infer(config, report)
 
 
-def convert_comfy(config: ConvertComfyConfig, report: ConsoleReporter) -> None:
+def convert_comfy(config: ConvertComfyConfig, report: Reporter) -> None:
     """Convert a LoRA file to ComfyUI's names, or back."""
     from hyimg.stages.convert_comfy import convert_comfy
 
     convert_comfy(config, report)
 
 
-def inspect_modules(config: InspectModulesConfig, report: ConsoleReporter) -> None:
+def inspect_modules(config: InspectModulesConfig, report: Reporter) -> None:
     """List the modules that a LoRA can train and a pattern can name, with the rank and rate that each gets."""
     from hyimg.stages.inspect_modules import inspect_modules
 
     inspect_modules(config, report)
 
 
-def make_tiny_model(config: MakeTinyModelConfig, report: ConsoleReporter) -> None:
+def make_tiny_model(config: MakeTinyModelConfig, report: Reporter) -> None:
     """Write a complete tiny model with random weights, for dry runs of your own commands."""
     from hyimg.stages.make_tiny_model import make_tiny_model
 
     make_tiny_model(config, report)
 
 
-def demo(config: DemoConfig, report: ConsoleReporter) -> None:
+def demo(config: DemoConfig, report: Reporter) -> None:
     """Run the whole pipeline on a tiny model and a few photographs, printing each command."""
     from hyimg.stages.demo import demo
 
     demo(config, report)
 
 
-def list_plugins(config: PluginsConfig, report: ConsoleReporter) -> None:
+def list_plugins(config: PluginsConfig, report: Reporter) -> None:
     """List the plugins that are loaded, from where, and what they provide."""
     import json
     from dataclasses import asdict

@@ -16,7 +16,8 @@ from typer.core import TyperArgument, TyperCommand, TyperOption
 
 from hyimg.config import legacy, load
 from hyimg.config.option import Option, all_options
-from hyimg.report import ConsoleReporter
+from hyimg.memory.processes import Processes
+from hyimg.report import ConsoleReporter, Reporter, SilentReporter
 
 C = TypeVar("C")
 
@@ -103,7 +104,7 @@ def _is_short_flag(word: str) -> bool:
 
 
 def add_command(
-    app: typer.Typer, name: str, config: type[C], run: Callable[[C, ConsoleReporter], None], *, panel: str
+    app: typer.Typer, name: str, config: type[C], run: Callable[[C, Reporter], None], *, panel: str
 ) -> None:
     """Adds the command `name`, whose options are the config's; `run` gets the config and where to report.
 
@@ -118,7 +119,8 @@ def add_command(
         run_file = given.get("config")
         resolved = load.make(config, given, run_file=Path(run_file) if run_file else None, notes=notes)
         load.check_inputs(resolved)
-        reporter = ConsoleReporter()
+        # of several processes that a launcher started, one speaks
+        reporter: Reporter = ConsoleReporter() if Processes.current().is_main else SilentReporter()
         for note in notes:
             reporter.note(f"note: {note}")
         run(resolved, reporter)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from hyimg.config.dataset import (
     CachesInTraining,
+    CacheUpkeep,
     DatasetOptions,
     DryRun,
     LatentCaching,
@@ -21,7 +22,7 @@ from hyimg.config.models import Compute, DiTFile, Memory, TextEncoderFiles, Trai
 from hyimg.config.network import NetworkShape, NetworkTraining
 from hyimg.config.optimizer import LearningRate, Optimizer
 from hyimg.config.rendering import InferOutput, LoRAFiles, Prompt, Sampling, SheetOptions
-from hyimg.config.run import Duration, Hub, Logging, Metadata, Saving, Validation
+from hyimg.config.run import Duration, Hub, Logging, Metadata, ProcessCount, Saving, Validation
 from hyimg.config.tools import Common, Conversion, Demo, Inspection, PluginList, TinyModel
 
 
@@ -42,6 +43,8 @@ class CacheLatentsConfig:
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     vae: VAEFile = field(default_factory=VAEFile)
     caching: LatentCaching = field(default_factory=LatentCaching)
+    upkeep: CacheUpkeep = field(default_factory=CacheUpkeep)
+    processes: ProcessCount = field(default_factory=ProcessCount)
     compute: Compute = field(default_factory=Compute)
     report: DryRun = field(default_factory=DryRun)
     common: Common = field(default_factory=Common)
@@ -54,6 +57,8 @@ class CacheTextConfig:
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     encoders: TextEncoderFiles = field(default_factory=TextEncoderFiles)
     caching: TextCaching = field(default_factory=TextCaching)
+    upkeep: CacheUpkeep = field(default_factory=CacheUpkeep)
+    processes: ProcessCount = field(default_factory=ProcessCount)
     compute: Compute = field(default_factory=Compute)
     report: DryRun = field(default_factory=DryRun)
     common: Common = field(default_factory=Common)

@@ -101,6 +101,24 @@ class TextCaching:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheUpkeep:
+    """Upkeep of the cache."""
+
+    verify: bool = option(
+        False,
+        help="read every entry that the dataset refers to again and compare its checksum; what is damaged "
+        "is named and made again",
+    )
+    prune: bool = option(
+        False,
+        help="afterwards remove this model's entries that the dataset does not refer to, and say what it frees",
+    )
+    keep_for: tuple[Path, ...] = option(
+        (), help="with `--prune`: further dataset files that use this cache, whose entries stay too"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CachesInTraining:
     """Filling the caches first."""
 

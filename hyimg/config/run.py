@@ -28,6 +28,15 @@ class Duration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProcessCount:
+    """Processes."""
+
+    num_processes: int = option(
+        1, minimum=1, help="processes that share the work, one a device; under a launcher, leave it out"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Saving:
     """Saving."""
 

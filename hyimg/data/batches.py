@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hyimg.data.buckets import Size
+from hyimg.data.collector import collector_paused
 from hyimg.data.sample import Sample
 from hyimg.randomness import keyed_random
 
@@ -30,6 +31,7 @@ class Batch:
         return len(self.samples)
 
 
+@collector_paused()
 def epoch_batches(samples: Sequence[Sample], *, seed: int, epoch: int, shuffle: bool = True) -> list[Batch]:
     """The batches of an epoch, in order. `shuffle=False` keeps the samples' order, for validation."""
     groups: defaultdict[tuple[int, Size], list[tuple[int, int]]] = defaultdict(list)

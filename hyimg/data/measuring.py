@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from hyimg.cache.identity import FileStat, hash_bytes
 from hyimg.cache.index import Index
@@ -16,8 +17,7 @@ from hyimg.data.images import probe
 _MOST_THREADS = 8
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """A readable image: sha256 of its file, and (width, height) as seen."""
 
     sha256: str
@@ -32,16 +32,11 @@ def measure(
     A file that the index knows is not opened. `progress` is called with the images settled since its last
     call.
     """
-    measured: dict[Path, Measured] = {}
+    measured = _recall(dict.fromkeys(paths), index)
     bad: dict[Path, str] = {}
-    unknown: list[Path] = []
-    for path in dict.fromkeys(paths):
-        if (known := _recall(path, index)) is None:
-            unknown.append(path)
-        else:
-            measured[path] = known
-            if progress is not None:
-                progress(1)
+    unknown = [path for path in dict.fromkeys(paths) if path not in measured]
+    if progress is not None:
+        progress(len(measured))
     # reading waits for the disk and decoding releases the interpreter lock
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         for path, result in zip(unknown, pool.map(lambda path: _read(path, index), unknown), strict=True):
@@ -54,13 +49,15 @@ def measure(
     return measured, bad
 
 
-def _recall(path: Path, index: Index) -> Measured | None:
-    try:
-        stat = FileStat.of(os.stat(path))
-    except OSError:
-        return None
-    known = index.image(_index_name(path), stat)
-    return None if known is None else Measured(*known)
+def _recall(paths: Iterable[Path], index: Index) -> dict[Path, Measured]:
+    """Those of `paths` that the index knows, untouched since they were read."""
+    by_name = {_index_name(path): path for path in paths}
+    recalled: dict[Path, Measured] = {}
+    for name, (stat, sha256, size) in index.images(list(by_name)).items():
+        with contextlib.suppress(OSError):
+            if FileStat.of(os.stat(by_name[name])) == stat:
+                recalled[by_name[name]] = Measured(sha256, size)
+    return recalled
 
 
 def _read(path: Path, index: Index) -> Measured | str:

@@ -20,16 +20,17 @@ train: `latent_store_for_training` and `text_store_for_training` open complete s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from hyimg.cache.entries import EntryStore
+from hyimg.cache.entries import EntryStore, Survey
 from hyimg.cache.index import Index
 from hyimg.cache.latents import LatentRecipe, LatentStore
 from hyimg.cache.text import TextStore
 from hyimg.data.buckets import Size
+from hyimg.data.collector import collector_paused
 from hyimg.data.sample import EMPTY_PROMPT, Sample
 from hyimg.errors import HyimgError
 
@@ -51,10 +52,21 @@ class LatentTask:
 
 @dataclass(frozen=True)
 class LatentPlan:
-    """`todo` are the entries that are missing or damaged, each once; `num_done` those that are there."""
+    """`todo` are the entries that are missing or damaged, each once; `num_done` those that are there.
+
+    `damaged` says of each entry that is there and wrong whose it is and what is wrong with it.
+    """
 
     todo: list[LatentTask]
     num_done: int
+    damaged: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, tasks: Mapping[str, LatentTask], found: Survey) -> LatentPlan:
+        """What is to be done of `tasks` (by key) after a look at the store."""
+        damaged = [f"`{tasks[key].sample.image_path}`: {why}" for key, why in found.damaged.items()]
+        todo = [task for key, task in tasks.items() if key not in found.good]
+        return cls(todo, len(found.good), damaged)
 
     def batches(self, batch_size: int, *, rank: int = 0, world: int = 1) -> list[list[LatentTask]]:
         """The share of one process in batches of one bucket each, largest buckets first, so that a lack of
@@ -72,16 +84,26 @@ class LatentPlan:
 
 @dataclass(frozen=True)
 class TextPlan:
-    """`todo` are the prompts without a good entry, each once; `num_done` those that have one."""
+    """`todo` are the prompts without a good entry, each once; `num_done` those that have one; `damaged` as in
+    `LatentPlan`."""
 
     todo: list[str] = field(default_factory=list)
     num_done: int = 0
+    damaged: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, tasks: Mapping[str, str], found: Survey) -> TextPlan:
+        """What is to be done of `tasks` (prompts by key) after a look at the store."""
+        damaged = [f"{_prompt_name(tasks[key])}: {why}" for key, why in found.damaged.items()]
+        todo = [prompt for key, prompt in tasks.items() if key not in found.good]
+        return cls(todo, len(found.good), damaged)
 
     def share(self, *, rank: int = 0, world: int = 1) -> list[str]:
         """The prompts of one process."""
         return self.todo[rank::world]
 
 
+@collector_paused()
 def latent_tasks(samples: Iterable[Sample], store: LatentStore) -> dict[str, LatentTask]:
     """Every latent entry that training on `samples` may read, by its key in `store`."""
     return {
@@ -91,13 +113,13 @@ def latent_tasks(samples: Iterable[Sample], store: LatentStore) -> dict[str, Lat
     }
 
 
+@collector_paused()
 def plan_latents(
     samples: Iterable[Sample], store: LatentStore, *, verify: bool = False, progress: Progress | None = None
 ) -> LatentPlan:
-    """Which latent entries of `samples` are missing from `store`; see `EntryStore.good`."""
+    """Which latent entries of `samples` are missing from `store`; see `EntryStore.survey`."""
     tasks = latent_tasks(samples, store)
-    good = store.good(tasks, verify=verify, progress=progress)
-    return LatentPlan([task for key, task in tasks.items() if key not in good], len(good))
+    return LatentPlan.of(tasks, store.survey(tasks, verify=verify, progress=progress))
 
 
 def prompts_of(samples: Iterable[Sample], extra_prompts: Iterable[str] = ()) -> list[str]:
@@ -106,6 +128,15 @@ def prompts_of(samples: Iterable[Sample], extra_prompts: Iterable[str] = ()) -> 
     return list(dict.fromkeys([EMPTY_PROMPT, *from_samples, *extra_prompts]))
 
 
+@collector_paused()
+def text_tasks(
+    samples: Iterable[Sample], store: TextStore, extra_prompts: Iterable[str] = ()
+) -> dict[str, str]:
+    """`prompts_of` by their keys in `store`."""
+    return {store.key(prompt): prompt for prompt in prompts_of(samples, extra_prompts)}
+
+
+@collector_paused()
 def plan_text(
     samples: Iterable[Sample],
     store: TextStore,
@@ -115,10 +146,13 @@ def plan_text(
     progress: Progress | None = None,
 ) -> TextPlan:
     """Which prompts of `samples` (all variants), which extra ones (say of sample renders), and whether the
-    empty one are missing from `store`; see `EntryStore.good`."""
-    keys = {store.key(prompt): prompt for prompt in prompts_of(samples, extra_prompts)}
-    good = store.good(keys, verify=verify, progress=progress)
-    return TextPlan([prompt for key, prompt in keys.items() if key not in good], len(good))
+    empty one are missing from `store`; see `EntryStore.survey`."""
+    tasks = text_tasks(samples, store, extra_prompts)
+    return TextPlan.of(tasks, store.survey(tasks, verify=verify, progress=progress))
+
+
+def _prompt_name(prompt: str) -> str:
+    return f"the prompt `{prompt[:60]}`" if prompt else "the empty prompt"
 
 
 def latent_store_for_training(
@@ -155,8 +189,7 @@ def text_store_for_training(
     extra = list(extra_prompts)
 
     def missing(store: TextStore) -> list[str]:
-        prompts = plan_text(samples, store, extra).todo
-        return [f"the prompt `{prompt[:60]}`" if prompt else "the empty prompt" for prompt in prompts]
+        return [_prompt_name(prompt) for prompt in plan_text(samples, store, extra).todo]
 
     return _complete_store(TextStore, folder, missing, index, identity, dataset_config)
 

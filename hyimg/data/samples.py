@@ -19,6 +19,7 @@ from pathlib import Path
 from hyimg.cache.index import Index
 from hyimg.data.buckets import Placement, Size
 from hyimg.data.captions import CaptionSettings, variants
+from hyimg.data.collector import collector_paused
 from hyimg.data.dataset import Dataset, DatasetFile, Subset
 from hyimg.data.files import Findings, FoundImage, find_images
 from hyimg.data.measuring import Measured, measure
@@ -38,6 +39,7 @@ class Scan:
     notes: list[str]
 
 
+@collector_paused()
 def scan(
     dataset_file: DatasetFile,
     index: Index | None = None,

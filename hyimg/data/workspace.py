@@ -58,8 +58,21 @@ def open_workspace(options: DatasetOptions, report: Reporter, **defaults: object
     found = scan(
         dataset_file, index, caption_variants=options.caption_variants, on_bad_image=options.on_bad_image
     )
+    if index.was_damaged:
+        report.warning(
+            f"the index in `{cache_dir}` was damaged and is made anew: images and entries are read once"
+        )
     for note in found.notes:
         report.warning(note)
     for path, reason in found.skipped:
         report.warning(f"left out `{path}`: {reason}")
     return Workspace(dataset_file, found, cache_dir, index)
+
+
+def samples_for(dataset_config: Path, options: DatasetOptions, index: Index) -> list[Sample]:
+    """The samples of another dataset file that uses the same cache, those for validation included.
+
+    A bad image is an error whatever `--on_bad_image` says: what is not known cannot be kept.
+    """
+    found = scan(load_dataset_file(dataset_config), index, caption_variants=options.caption_variants)
+    return found.samples + found.validation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hyimg.errors import HyimgError
+from hyimg.memory.processes import Processes
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -12,8 +13,12 @@ _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def resolve_device(name: str | None) -> torch.device:
     """The device of that name, or the best there is: CUDA, then Apple's MPS, then the CPU.
 
-    Raises HyimgError for a name that torch does not know or a device that this machine has not.
+    Of several processes each gets the CUDA device of its local rank, unless the name has a number. Raises
+    HyimgError for a name that torch does not know or a device that this machine has not.
     """
+    processes = Processes.current()
+    if processes.world > 1 and torch.cuda.is_available() and name in (None, "cuda"):
+        return _device_of_rank(processes)
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -34,6 +39,17 @@ def resolve_device(name: str | None) -> torch.device:
     elif device.type not in ("cuda", "mps", "cpu"):
         raise HyimgError(f"`--device` `{name}` is not supported", hint="use cuda, cuda:N, mps or cpu")
     return device
+
+
+def _device_of_rank(processes: Processes) -> torch.device:
+    count = torch.cuda.device_count()
+    if processes.local_rank >= count:
+        raise HyimgError(
+            f"process {processes.local_rank + 1} on this machine has no device: torch sees {count} CUDA devices",
+            hint="start one process for each device",
+        )
+    torch.cuda.set_device(processes.local_rank)
+    return torch.device("cuda", processes.local_rank)
 
 
 def compute_dtype(mixed_precision: str) -> torch.dtype:

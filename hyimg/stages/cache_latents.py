@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 
@@ -13,9 +14,12 @@ from hyimg.cache.latents import LatentStore
 from hyimg.cache.summary import CacheSummary
 from hyimg.config.commands import CacheLatentsConfig
 from hyimg.data.pixels import image_batches
-from hyimg.data.plan import plan_latents
+from hyimg.data.plan import LatentPlan, latent_tasks
+from hyimg.data.upkeep import kept_samples, prune_unused, survey, tell_damaged
 from hyimg.data.workspace import open_workspace
 from hyimg.memory.device import resolve_device, vae_dtype
+from hyimg.memory.launch import asks_for_launch, launch
+from hyimg.memory.processes import Processes
 from hyimg.model.loading import check_vae, load_vae
 from hyimg.report import Reporter, duration_text
 
@@ -27,18 +31,41 @@ def cache_latents(config: CacheLatentsConfig, report: Reporter) -> CacheSummary:
     """
     vae_path = config.vae.vae
     assert vae_path is not None
-    device = resolve_device(config.compute.device)
     check_vae(vae_path)
-    workspace = open_workspace(config.dataset, report)
-    store = LatentStore(
-        workspace.latents_dir, file_identity(vae_path, workspace.index), index=workspace.index
-    )
-    plan = plan_latents(workspace.all_samples, store)
-    if not plan.todo:
+    if asks_for_launch(config.processes.num_processes):
+        return launch(cache_latents, config, report, num_processes=config.processes.num_processes)
+    processes = Processes.current()
+    device = resolve_device(config.compute.device)
+    with processes.main_first():
+        workspace = open_workspace(config.dataset, report)
+        identity = file_identity(vae_path, workspace.index)
+    kept = kept_samples(config.upkeep, config.dataset, workspace.index) if processes.is_main else []
+    store = LatentStore(workspace.latents_dir, identity, index=workspace.index)
+    tasks = latent_tasks(workspace.all_samples, store)
+    plan = LatentPlan.of(tasks, survey(store, tasks, config.upkeep, report, processes))
+    tell_damaged(plan.damaged, report)
+    if plan.todo:
+        _encode(config, vae_path, device, plan, store, report, processes)
+    else:
         report.note(f"latents: all {plan.num_done} are cached in {workspace.latents_dir}")
-        return CacheSummary(0, plan.num_done)
+    num_pruned = 0
+    if config.upkeep.prune and processes.is_main:
+        keep = tasks.keys() | latent_tasks(kept, store).keys()
+        num_pruned = prune_unused(store, keep, workspace, report)
+    return CacheSummary(len(plan.todo), plan.num_done, len(plan.damaged), num_pruned)
 
-    require_writable_folder(workspace.latents_dir)
+
+def _encode(
+    config: CacheLatentsConfig,
+    vae_path: Path,
+    device: torch.device,
+    plan: LatentPlan,
+    store: LatentStore,
+    report: Reporter,
+    processes: Processes,
+) -> None:
+    """This process's share of the plan; returns when all have done theirs."""
+    require_writable_folder(store.folder)
     dtype = vae_dtype(config.compute.mixed_precision, device)
     vae = load_vae(
         vae_path, device=device, dtype=dtype, mmap=not config.compute.disable_mmap_load_safetensors
@@ -46,19 +73,22 @@ def cache_latents(config: CacheLatentsConfig, report: Reporter) -> CacheSummary:
     buckets = Counter(task.sample.bucket for task in plan.todo)
     listing = ", ".join(f"{width}x{height}: {count}" for (width, height), count in sorted(buckets.items()))
     report.note(f"buckets (width x height: images): {listing}")
+    share = plan.batches(config.caching.vae_batch_size, rank=processes.rank, world=processes.world)
     started = time.monotonic()
+    made = processes.tally()
+    num_entries = len(plan.todo) + plan.num_done
     with (
         torch.no_grad(),
-        report.task(
-            "cache latents", len(plan.todo) + plan.num_done, unit="image", done=plan.num_done
-        ) as task,
+        processes.one_voice(report) as voice,
+        voice.task("cache latents", num_entries, unit="image", done=plan.num_done) as task,
     ):
-        for batch in image_batches(plan.batches(config.caching.vae_batch_size)):
+        for batch in image_batches(share):
             posterior = vae.encode(batch.image_BCHW.to(device, dtype))
             batch.write(store, posterior.mean_BCHW.float(), posterior.std_BCHW.float())
-            task.advance(len(batch.tasks))
+            task.advance(made.add(len(batch.tasks)))
+        processes.wait()
+        task.advance(made.add(0))
     report.note(
-        f"latents: {len(plan.todo)} made in {duration_text(time.monotonic() - started)}, {plan.num_done} kept, "
-        f"in {workspace.latents_dir}"
+        f"latents: {len(plan.todo)} made in {duration_text(time.monotonic() - started)}, "
+        f"{plan.num_done} kept, in {store.folder}"
     )
-    return CacheSummary(len(plan.todo), plan.num_done)

@@ -17,7 +17,7 @@ from hyimg.cache.entry_file import RawTensor
 from hyimg.cache.index import Index
 from hyimg.cache.latents import LatentEntry, LatentRecipe, LatentStore
 from hyimg.cache.text import TextEntry, TextStore
-from hyimg.errors import HyimgError, RunError
+from hyimg.errors import RunError
 
 RECIPE = LatentRecipe("ab" * 32, bucket=(64, 96), resized=(64, 100), crop=(0, 2), filter="area")
 
@@ -143,6 +143,19 @@ def test_a_warm_check_reads_no_entry_and_verify_reads_all(
     assert len(reads) == 2 * len(keys)
 
 
+def test_damage_that_verify_has_found_is_damage_for_a_plain_look_too(tmp_path: Path) -> None:
+    """A run that is killed between finding and mending must not leave the index saying that all is well."""
+    store = TextStore(tmp_path / "text", "encoder", index=Index(tmp_path))
+    store.write("a cat", TextEntry(torch.zeros(2, 4)))
+    key = store.key("a cat")
+    path, stat = store.path(key), store.path(key).stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert store.good([key]) == {key}
+    assert "checksum" in store.survey([key], verify=True).damaged[key]
+    assert store.good([key]) == set()
+
+
 def test_the_models_that_made_entries_are_known(tmp_path: Path) -> None:
     assert TextStore.identities(tmp_path) == []
     for identity in ("one", "two/../\n"):
@@ -227,12 +240,14 @@ def test_damage_that_only_the_reader_sees_is_made_again(tmp_path: Path) -> None:
     assert store.good([key]) == {key}
 
 
-def test_a_folder_in_the_place_of_an_entry_is_damage_that_says_what_to_remove(tmp_path: Path) -> None:
+def test_a_folder_in_the_place_of_an_entry_is_damage_and_makes_way_for_one(tmp_path: Path) -> None:
     store = LatentStore(tmp_path, "vae", index=Index(None))
     key = store.key(RECIPE)
     store.path(key).mkdir(parents=True)
+    (store.path(key) / "mine.txt").write_text("somebody's")
     assert store.good([key]) == set()
-    with pytest.raises(DamagedEntryError, match=r"it is a folder\nhint: remove the folder"):
+    with pytest.raises(DamagedEntryError, match="[Dd]irectory"):
         store.read(RECIPE)
-    with pytest.raises(HyimgError, match=f"{key}.* is a folder\nhint: .*remove the folder"):
-        store.write(RECIPE, latent())
+    store.write(RECIPE, latent())
+    assert store.good([key]) == {key}
+    assert [p.read_text() for p in tmp_path.rglob("mine.txt")] == ["somebody's"], "set aside, not deleted"

@@ -80,6 +80,27 @@ def encoders(model: ModelFolder) -> list[str]:
 
 
 @pytest.fixture
+def fill(model):
+    """The command line that fills the cache of a stage ("latents" or "text") for a dataset file."""
+
+    def command(stage: str, dataset, *extra) -> list[str]:
+        files = ["--vae", str(model.vae)] if stage == "latents" else encoders(model)
+        return [f"cache-{stage}", "--dataset_config", str(dataset), *files, *map(str, extra)]
+
+    return command
+
+
+@pytest.fixture
+def entries():
+    """The entries of a stage's cache beside a dataset file, sorted."""
+
+    def listed(dataset: Path, stage: str) -> list[Path]:
+        return sorted((dataset.parent / "hyimg-cache" / stage).glob("*/*/*.safetensors"))
+
+    return listed
+
+
+@pytest.fixture
 def hyimg(capsys, model):
     """Runs a command line; gives (exit code, stdout, stderr). `{dit}` and the like stand for model files."""
 

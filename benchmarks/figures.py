@@ -1,0 +1,53 @@
+"""One figure of a benchmark, and how the cost of a command line is measured."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+HYIMG = [sys.executable, "-m", "hyimg"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row: what, how much, and what it is compared with."""
+
+    name: str
+    seconds: float
+    peak_mb: float | None = None
+    beside: str = ""
+
+
+def command(name: str, arguments: list[str], runs: int, beside: str = "") -> Figure:
+    """The median time and memory of a command line."""
+    peaks = []
+
+    def run() -> None:
+        done = subprocess.Popen([*HYIMG, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(done.pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0, arguments
+        peaks.append(peak_mb(usage))
+
+    seconds = median(run, runs)
+    return Figure(name, seconds, statistics.median(peaks), beside)
+
+
+def median(run: Callable[[], None], runs: int) -> float:
+    run()
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def peak_mb(usage: resource.struct_rusage) -> float:
+    # Linux counts kilobytes, macOS bytes
+    return usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
