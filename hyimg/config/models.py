@@ -58,8 +58,7 @@ class VAEFile:
     vae_chunk_size: int | None = option(
         None,
         minimum=1,
-        help="VAE convolutions in chunks of so many rows (16 is a good value)",
-        later="leave it out",
+        help="VAE convolutions in chunks of so many rows, to save memory (16 is a good value)",
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hyimg.cache.identity import Memo, file_identity
-from hyimg.config.models import Compute, TextEncoderFiles
+from hyimg.config.models import Compute, TextEncoderFiles, VAEFile
 from hyimg.config.rendering import Sampling
 from hyimg.encoders.glyph import glyph_prompt
 from hyimg.encoders.progress import encode_prompts
@@ -152,14 +152,16 @@ def encode_states(
     return {prompt: (text.text_TD, text.byt5_SE) for prompt, text in encoded}
 
 
-def load_decoder(vae: Path, compute: Compute) -> VAE:
+def load_decoder(options: VAEFile, compute: Compute) -> VAE:
     """The VAE on the device that `compute` names, in the type that decoding is done in."""
+    assert options.vae is not None
     device = resolve_device(compute.device)
     return load_vae(
-        vae,
+        options.vae,
         device=device,
         dtype=vae_dtype(compute.mixed_precision, device),
         mmap=not compute.disable_mmap_load_safetensors,
+        chunk_rows=options.vae_chunk_size,
     )
 
 

@@ -62,11 +62,13 @@ def load_vae(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     mmap: bool = True,
+    chunk_rows: int | None = None,
 ) -> VAE:
-    """A frozen VAE in original or diffusers names. Raises as `check_vae`."""
+    """A frozen VAE in original or diffusers names. `chunk_rows` as `VAE.set_chunk_rows`. Raises as `check_vae`."""
     checkpoint = Checkpoint.open(path, mmap=mmap)
     model, key_map = _plan_vae(checkpoint)
     _fill(model, checkpoint, key_map, torch.device(device), dtype, None)
+    model.set_chunk_rows(chunk_rows)
     return model
 
 

@@ -50,6 +50,15 @@ class VAE(nn.Module):
     def device(self) -> torch.device:
         return self.encoder.conv_in.weight.device
 
+    def set_chunk_rows(self, chunk_rows: int | None) -> None:
+        """Runs the 3x3 convolutions in chunks of so many rows (None: whole), which bounds their workspace.
+
+        For use without gradients; equal to the whole within the rounding of the convolution's kernel.
+        """
+        for module in self.modules():
+            if isinstance(module, Conv3x3):
+                module.chunk_rows = chunk_rows
+
     def encode_moments(self, image_BCHW: Tensor) -> Tensor:
         """The encoder's own output: mean and log variance side by side, unscaled, (B, 2*C, H/32, W/32).
 
@@ -205,8 +214,34 @@ class Upsample(nn.Module):
         return x
 
 
-def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution with padding 1, in chunks of `chunk_rows` rows where that is set.
+
+    A convolution may need workspace of several times its input (a library's own choice); in chunks the
+    workspace is a chunk's. Each chunk sees one row of its neighbours, so the numbers are those of the whole.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
+        self.chunk_rows: int | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        height = input.shape[2]
+        if self.chunk_rows is None or height <= self.chunk_rows:
+            return super().forward(input)
+        output_BCHW = input.new_empty(input.shape[0], self.out_channels, *input.shape[2:])
+        for start in range(0, height, self.chunk_rows):
+            end = min(start + self.chunk_rows, height)
+            above, below = int(start > 0), int(end < height)
+            rows = input[:, :, start - above : end + below]
+            # zeros only where the image ends
+            padded = F.pad(rows, (1, 1, 1 - above, 1 - below))
+            output_BCHW[:, :, start:end] = F.conv2d(padded, self.weight, self.bias)
+        return output_BCHW
+
+
+def conv3x3(in_channels: int, out_channels: int) -> Conv3x3:
+    return Conv3x3(in_channels, out_channels)
 
 
 def group_norm(width: int) -> nn.GroupNorm:

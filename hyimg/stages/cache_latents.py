@@ -68,7 +68,11 @@ def _encode(
     require_writable_folder(store.folder)
     dtype = vae_dtype(config.compute.mixed_precision, device)
     vae = load_vae(
-        vae_path, device=device, dtype=dtype, mmap=not config.compute.disable_mmap_load_safetensors
+        vae_path,
+        device=device,
+        dtype=dtype,
+        mmap=not config.compute.disable_mmap_load_safetensors,
+        chunk_rows=config.vae.vae_chunk_size,
     )
     buckets = Counter(task.sample.bucket for task in plan.todo)
     listing = ", ".join(f"{width}x{height}: {count}" for (width, height), count in sorted(buckets.items()))

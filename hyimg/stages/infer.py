@@ -171,7 +171,7 @@ def _write(
             written.append(target[LATENT])
     if PNG in suffixes:
         assert config.vae.vae is not None
-        vae = load_decoder(config.vae.vae, config.compute)
+        vae = load_decoder(config.vae, config.compute)
         with report.task("decode", len(rendered), unit="image") as task:
             for one, settings, target in zip(rendered, told, targets, strict=True):
                 save_png(decode_image(vae, one.latent_BCHW), target[PNG], settings)

@@ -76,7 +76,7 @@ def sample(config: SampleConfig, report: Reporter) -> Path:
     latents = _render(plan, columns, states, report)
     free_memory(plan.device)
 
-    vae = load_decoder(config.vae.vae, config.compute)
+    vae = load_decoder(config.vae, config.compute)
     rows: list[list[Image.Image]] = []
     with report.task("decode", len(plan.specs) * len(columns), unit="image") as task:
         for spec in plan.specs:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hyimg.errors import HyimgError
 from hyimg.model.architecture import VAE_2_1, VAE_TINY, VAEArch
 from hyimg.model.loading import load_vae
+from hyimg.model.random_init import init_random
 from hyimg.model.vae import SCALING_FACTOR, VAE
 
 # 6e-6 seen between four implementations; the README's own figure
@@ -105,3 +107,33 @@ def test_sizes_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(HyimgError, match=message):
         VAEArch(channels=channels, latent_channels=latent_channels)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 16])
+def test_chunks_of_rows_give_the_whole_picture(chunk_rows: int) -> None:
+    vae = VAE(VAE_TINY)
+    init_random(vae, 0)
+    image_BCHW = torch.rand(1, 3, 96, 64) * 2 - 1
+    whole, mean = vae.encode_moments(image_BCHW), vae.encode(image_BCHW).mean_BCHW
+    decoded = vae.decode(mean)
+    vae.set_chunk_rows(chunk_rows)
+    # a convolution's kernel may sum in another order for another height
+    torch.testing.assert_close(vae.encode_moments(image_BCHW), whole, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(vae.decode(mean), decoded, atol=2e-5, rtol=1e-5)
+
+
+def test_a_chunk_needs_no_more_than_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = VAE(VAE_TINY)
+    init_random(vae, 0)
+    seen: list[int] = []
+    convolve = F.conv2d
+
+    def watched(input: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if args and isinstance(args[0], Tensor) and args[0].shape[-1] == 3:
+            seen.append(input.shape[2])
+        return convolve(input, *args, **kwargs)  # type: ignore[arg-type]
+
+    vae.set_chunk_rows(8)
+    monkeypatch.setattr(F, "conv2d", watched)
+    vae.decode(torch.zeros(1, VAE_TINY.latent_channels, 4, 4))
+    assert max(seen) == 10, "eight rows and a neighbour on either side"

@@ -90,6 +90,11 @@ def test_options_change_the_picture(infer, extra):
     assert not np.array_equal(pixels(infer()), pixels(infer(*extra)))
 
 
+def test_chunks_of_the_vae_change_no_more_than_rounding(infer):
+    whole, chunked = pixels(infer()).astype(int), pixels(infer("--vae_chunk_size", "4")).astype(int)
+    assert np.abs(whole - chunked).max() <= 1
+
+
 def test_apg_starts_late_for_quoted_text(infer, tmp_path):
     quoted = ["--prompt", 'a sign "GO"']
     assert np.array_equal(pixels(infer(*quoted)), pixels(infer(*quoted, "--apg_start_step_general", "0")))
