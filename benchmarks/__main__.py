@@ -17,9 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import samples, text_encoder
-from benchmarks.figures import HYIMG, Figure, command, median
-
-LORA_BYTES = 400_000_000
+from benchmarks.figures import HYIMG, Figure, apart, command, median
+from benchmarks.inputs import write_images, write_lora
 
 
 def main() -> None:
@@ -72,7 +71,7 @@ def measure(scratch: Path, runs: int) -> Iterator[Figure]:
 def _conversion(scratch: Path, runs: int) -> Iterator[Figure]:
     """A 400 MB LoRA to ComfyUI's names, beside `cp` and `sha256sum` of the same file."""
     source, copy = scratch / "lora.safetensors", scratch / "copy.safetensors"
-    _write_lora(source)
+    apart(write_lora, source)
     arguments = ["convert-comfy", str(source), str(scratch / "comfy.safetensors"), "--overwrite"]
     ours = command("convert-comfy, 400 MB", arguments, runs, "goal 150 MB")
     yield ours
@@ -93,7 +92,7 @@ def _warm_training(scratch: Path, runs: int) -> Iterator[Figure]:
     subprocess.run([*HYIMG, "make-tiny-model", scratch / "model"], check=True, stderr=subprocess.DEVNULL)
     images = scratch / "images"
     images.mkdir()
-    _write_images(images)
+    apart(write_images, images)
     dataset = scratch / "dataset.toml"
     dataset.write_text(f"[[datasets]]\nresolution = 256\n[[datasets.subsets]]\nimage_dir = {str(images)!r}\n")
     model = {name: scratch / "model" / file for name, file in _MODEL_FILES.items()}
@@ -123,36 +122,6 @@ _MODEL_FILES = {
     "byt5": "byt5_small_glyphxl_fp16.safetensors",
     "vae": "hunyuan_image_2.1_vae_fp16.safetensors",
 }
-
-
-def _write_lora(path: Path) -> None:
-    """A LoRA of the real model's modules in the reference tool's names, of a rank that makes the file large."""
-    import torch
-
-    from hyimg.lora.file import save_lora
-    from hyimg.lora.formats import lora_name
-    from hyimg.model.architecture import DIT_2_1
-    from hyimg.model.keys import linear_modules
-
-    modules = linear_modules(DIT_2_1)
-    rank = LORA_BYTES // sum(2 * (m.in_features + m.out_features) for m in modules)
-    state = {}
-    for module in modules:
-        name = lora_name(module.name)
-        state[f"{name}.lora_down.weight"] = torch.randn(rank, module.in_features, dtype=torch.bfloat16)
-        state[f"{name}.lora_up.weight"] = torch.randn(module.out_features, rank, dtype=torch.bfloat16)
-        state[f"{name}.alpha"] = torch.tensor(1.0, dtype=torch.bfloat16)
-    save_lora(path, state, {"ss_network_dim": str(rank)})
-
-
-def _write_images(folder: Path) -> None:
-    import numpy as np
-    from PIL import Image
-
-    for number in range(8):
-        pixels = np.random.default_rng(number).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"picture number {number}\n", encoding="utf-8")
 
 
 def _cpu() -> str:

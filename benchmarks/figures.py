@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 import statistics
@@ -9,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 HYIMG = [sys.executable, "-m", "hyimg"]
 
@@ -22,6 +25,16 @@ class Figure:
     seconds: float
     peak_mb: float | None = None
     beside: str = ""
+
+
+def apart(function: Callable[..., Any], *arguments: object) -> Any:
+    """Calls a function of a module in a process of its own, and gives its answer.
+
+    What imports torch must not run here: a command's peak would begin with this process's size, which the
+    system counts until the command itself starts.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def command(name: str, arguments: list[str], runs: int, beside: str = "") -> Figure:
