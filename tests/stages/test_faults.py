@@ -68,6 +68,7 @@ def undisturbed(source, model, tmp_path_factory) -> dict[str, dict[str, bytes]]:
     shutil.copytree(source.parent, folder)
     common = ["--dataset_config", str(folder / "data.toml")]
     encoders = ["--text_encoder", str(model.text_encoder), "--byt5", str(model.byt5)]
+    encoders += ["--text_encoder_batch_size", "1"]  # as `fill` has it
     assert run(["cache-latents", *common, "--vae", str(model.vae)]) == 0
     assert run(["cache-text", *common, *encoders]) == 0
     return {stage: contents(folder / "hyimg-cache", stage) for stage in STAGES}
