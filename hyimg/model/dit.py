@@ -11,13 +11,13 @@ D hidden, W text width (in text_BTW), E glyph width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from hyimg.model.architecture import DiTArch
 from hyimg.model.attention import bind_lengths, resolve_attention
@@ -27,6 +27,15 @@ from hyimg.model.layers import ByT5Mapper, FinalLayer, PatchEmbed, TimestepEmbed
 from hyimg.model.rope import image_rope
 from hyimg.model.text_refiner import TextRefiner
 
+# (block, its arguments) -> its outputs: how a block is run. `hyimg.memory` puts streaming, recomputation and
+# offloading here
+RunBlock = Callable[..., Any]
+
+
+def run_plainly(block: nn.Module, *args: Any) -> Any:
+    """Calls the block: its weights are on the device, and autograd keeps its activations."""
+    return block(*args)
+
 
 class DiT(nn.Module):
     """HunyuanImage-2.1's transformer, of any size. Parameter names are the original checkpoint's."""
@@ -35,7 +44,7 @@ class DiT(nn.Module):
         super().__init__()
         self.arch = arch
         self.attention = resolve_attention(attn_mode)
-        self.gradient_checkpointing = False
+        self.run_block: RunBlock = run_plainly
 
         self.img_in = PatchEmbed(arch)
         self.txt_in = TextRefiner(arch)
@@ -57,9 +66,10 @@ class DiT(nn.Module):
         """The device of the layers outside the blocks."""
         return self.img_in.proj.weight.device
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recomputes each block in the backward pass instead of keeping its activations."""
-        self.gradient_checkpointing = True
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The double, then the single blocks: the order in which `forward` runs them."""
+        return [*self.double_blocks, *self.single_blocks]
 
     def forward(
         self,
@@ -85,19 +95,13 @@ class DiT(nn.Module):
         attend = bind_lengths(self.attention, [num_image + n for n in txt_lengths], num_image + num_text)
 
         for block in self.double_blocks:
-            img_BLD, txt_BTD = self._call(block, img_BLD, txt_BTD, vec_BD, rope, attend)
+            img_BLD, txt_BTD = self.run_block(block, img_BLD, txt_BTD, vec_BD, rope, attend)
         x_BMD = torch.cat([img_BLD, txt_BTD], dim=1)
         for block in self.single_blocks:
-            x_BMD = self._call(block, x_BMD, vec_BD, rope, attend)
+            x_BMD = self.run_block(block, x_BMD, vec_BD, rope, attend)
 
         velocity_BLC: Tensor = self.final_layer(x_BMD[:, :num_image], vec_BD)
         return rearrange(velocity_BLC, "b (h w) c -> b c h w", h=height, w=width).contiguous()
-
-    def _call(self, block: nn.Module, *args: Any) -> Any:
-        """Every block is called here."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
 
     def _conditioning(
         self, timestep_B: Tensor, guidance_B: Tensor | None, timestep_r_B: Tensor | None

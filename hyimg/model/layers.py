@@ -33,8 +33,12 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features)
         self.adapters: tuple[Adapter, ...] = ()
 
+    def product(self, input: Tensor) -> Tensor:
+        """The base layer's output, without adapters."""
+        return F.linear(input, self.weight, self.bias)
+
     def forward(self, input: Tensor) -> Tensor:
-        output = F.linear(input, self.weight, self.bias)
+        output = self.product(input)
         for adapter in self.adapters:
             output = adapter(input, output)
         return output

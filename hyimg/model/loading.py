@@ -7,7 +7,7 @@ no second copy of the weights ever exists.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,30 @@ from hyimg.model.keys import Source
 from hyimg.model.safetensors_file import Checkpoint
 from hyimg.model.vae import VAE
 
-# (original name, tensor as stored in the model) -> the tensor to store
-OnTensor = Callable[[str, Tensor], Tensor]
+
+class Placement:
+    """Where each tensor of a model goes while it is loaded, and in what form: here, onto one device.
+
+    `hyimg.memory.placement` has the one that quantises and that puts streamed weights into host memory.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype
+
+    def read_on(self, name: str) -> torch.device:
+        """The device that the file's bytes of a tensor (original name) are read to."""
+        return self.device
+
+    def put(self, model: nn.Module, name: str, tensor: Tensor) -> None:
+        """Stores a tensor under its original name; it comes in the file's dtype, on the device of `read_on`."""
+        set_parameter(model, name, tensor.to(self.device, self.dtype))
+
+
+def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replaces a parameter, whatever its dtype and device were, by a frozen one."""
+    module_name, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def check_dit(path: str | os.PathLike[str]) -> DiTArch:
@@ -42,17 +64,16 @@ def load_dit(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    on_tensor: OnTensor | None = None,
+    placement: Placement | None = None,
     mmap: bool = True,
 ) -> DiT:
     """A frozen DiT from a file or sharded folder in original, ComfyUI or diffusers names.
 
-    `dtype` None keeps the file's. `on_tensor` sees each tensor on its device, in its dtype and under its
-    original name, and returns what the model is to hold. Raises as `check_dit`.
+    `dtype` None keeps the file's. A `placement` takes the place of device and dtype. Raises as `check_dit`.
     """
     checkpoint = Checkpoint.open(path, mmap=mmap)
     model, key_map = _plan_dit(checkpoint)
-    _fill(model, checkpoint, key_map, torch.device(device), dtype, on_tensor)
+    _fill(model, checkpoint, key_map, placement or Placement(device, dtype))
     return model
 
 
@@ -67,7 +88,7 @@ def load_vae(
     """A frozen VAE in original or diffusers names. `chunk_rows` as `VAE.set_chunk_rows`. Raises as `check_vae`."""
     checkpoint = Checkpoint.open(path, mmap=mmap)
     model, key_map = _plan_vae(checkpoint)
-    _fill(model, checkpoint, key_map, torch.device(device), dtype, None)
+    _fill(model, checkpoint, key_map, Placement(device, dtype))
     model.set_chunk_rows(chunk_rows)
     return model
 
@@ -94,20 +115,11 @@ def _shapes(model: nn.Module) -> Shapes:
 
 
 def _fill(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    key_map: Mapping[str, Source],
-    device: torch.device,
-    dtype: torch.dtype | None,
-    on_tensor: OnTensor | None,
+    model: nn.Module, checkpoint: Checkpoint, key_map: Mapping[str, Source], placement: Placement
 ) -> None:
-    names = [name for name, _ in model.named_parameters()]
-    for name in names:
-        tensor = _read(checkpoint, key_map[name], device).to(dtype)
-        if on_tensor is not None:
-            tensor = on_tensor(name, tensor)
-        module_name, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=False))
+    # A list: a placement may replace modules and add parameters on the way
+    for name in [name for name, _ in model.named_parameters()]:
+        placement.put(model, name, _read(checkpoint, key_map[name], placement.read_on(name)))
     model.eval()
 
 

@@ -24,6 +24,7 @@ from hyimg.data.plan import latent_store_for_training, text_store_for_training
 from hyimg.data.training_data import BatchLoader, TrainingData
 from hyimg.data.workspace import Workspace
 from hyimg.lora.network import LoRANetwork
+from hyimg.memory.activations import enable_gradient_checkpointing
 from hyimg.memory.device import compute_dtype
 from hyimg.model.dit import DiT
 from hyimg.model.loading import load_dit
@@ -73,7 +74,7 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
             mmap=not config.compute.disable_mmap_load_safetensors,
         )
         if config.training_memory.gradient_checkpointing:
-            dit.enable_gradient_checkpointing()
+            enable_gradient_checkpointing(dit)
         network = _network(prepared, dit)
         optimizer = prepared.make_optimizer(
             network.parameter_groups(prepared.learning_rate), prepared.learning_rate

@@ -17,6 +17,7 @@ from hyimg.lora.file import read_lora, save_lora
 from hyimg.lora.merge import delta, merge_into
 from hyimg.lora.network import LoRANetwork
 from hyimg.lora.plan import NetworkArgs, plan_network
+from hyimg.memory.activations import enable_gradient_checkpointing
 from hyimg.model.architecture import DiTArch
 from hyimg.model.dit import DiT
 from hyimg.model.keys import linear_modules
@@ -66,7 +67,7 @@ def test_gradient_checkpointing_changes_no_bit_of_the_gradients(
     step_dit(*step_inputs).square().mean().backward()
     plain = [parameter.grad for parameter in step_network.parameters()]
     step_network.zero_grad()
-    step_dit.enable_gradient_checkpointing()
+    enable_gradient_checkpointing(step_dit)
     step_dit(*step_inputs).square().mean().backward()
     for gradient, parameter in zip(plain, step_network.parameters(), strict=True):
         assert gradient is not None

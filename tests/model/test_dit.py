@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hyimg.errors import HyimgError
+from hyimg.memory.activations import enable_gradient_checkpointing
 from hyimg.model.architecture import DIT_2_1, DIT_2_1_DISTILLED, DIT_TINY, DiTArch
 from hyimg.model.conditioning import TextCondition, collate
 from hyimg.model.dit import DiT
@@ -143,7 +144,7 @@ def test_gradient_checkpointing_gives_bit_equal_gradients(
     for checkpointing in (False, True):
         model = make_dit(tensors)
         if checkpointing:
-            model.enable_gradient_checkpointing()
+            enable_gradient_checkpointing(model)
         num_bytes = 0
 
         def count(tensor: Tensor) -> Tensor:

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyimg.errors import HyimgError
 from hyimg.model.architecture import DIT_2_1_DISTILLED, DIT_TINY, VAE_TINY, DiTArch
 from hyimg.model.dit import DiT
 from hyimg.model.dit_shapes import dit_shapes
-from hyimg.model.loading import check_dit, check_vae, load_dit, load_vae
+from hyimg.model.loading import Placement, check_dit, check_vae, load_dit, load_vae, set_parameter
 from hyimg.model.random_init import init_random
 from hyimg.model.safetensors_file import Checkpoint, identify, read_header
 from hyimg.model.vae import VAE
@@ -91,17 +91,21 @@ def test_a_sharded_folder_is_one_checkpoint(tmp_path: Path, weights: dict[str, T
         check_dit(tmp_path)
 
 
-def test_dtype_is_converted_on_the_way_and_a_callback_has_the_last_word(dit_path: Path) -> None:
+def test_a_placement_sees_every_tensor_and_has_the_last_word(dit_path: Path) -> None:
     seen = []
 
-    def on_tensor(name: str, tensor: Tensor) -> Tensor:
-        seen.append((name, tensor.dtype))
-        return tensor.half() if name.endswith("linear1.weight") else tensor
+    class HalfOfOne(Placement):
+        def put(self, model: nn.Module, name: str, tensor: Tensor) -> None:
+            seen.append((name, tensor.dtype))
+            super().put(model, name, tensor)
+            if name.endswith("linear1.weight"):
+                set_parameter(model, name, tensor.half())
 
-    model = load_dit(dit_path, dtype=torch.bfloat16, on_tensor=on_tensor)
-    assert seen == [(name, torch.bfloat16) for name, _ in model.named_parameters()]
+    model = load_dit(dit_path, placement=HalfOfOne("cpu", torch.bfloat16))
+    assert seen == [(name, torch.float32) for name, _ in model.named_parameters()]
     assert model.dtype == torch.bfloat16
     assert model.single_blocks[0].linear1.weight.dtype == torch.float16
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_vae_file_is_loaded_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
