@@ -1,135 +1,105 @@
-"""`make bench`: what commands cost as whole processes, as a table and as `bench/results.json`.
+"""`make bench`: speed and memory, as a table and as `bench/results.json`.
 
-Every figure is the median of several runs on the machine that the first lines name. Times are wall seconds,
-memory the largest resident set of the process.
+Times are wall seconds, medians of several runs; memory is said by each part. Every figure is a ratio, or holds for
+the machine that the last line names.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import os
-import platform
 import shutil
-import subprocess
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import samples, text_encoder
-from benchmarks.figures import HYIMG, Figure, apart, command, median
-from benchmarks.inputs import write_images, write_lora
+from benchmarks.figures import Figure, Options, apart
+from benchmarks.machine import describe_machine
+
+# Each a module of this package with `measure(options)`; the first five are what is measured on a CPU
+PARTS = {
+    "commands": "whole commands as processes: help, conversion, warm caches, start of a run",
+    "loading": "a 2 GB checkpoint: time and peak memory of each way to load it",
+    "training_step": "a mid-size DiT's training step against the plain composition of the same model",
+    "streaming": "streamed blocks of the full model on a simulated link: overlap of copies and computation",
+    "vae_memory": "encoding and decoding 1024x1024: whole, in chunks of rows, in tiles",
+    "samples": "only if named: the start of `train` on up to 100,000 samples (minutes)",
+    "text_encoder": "only if named: the text encoder layer by layer, beside the whole one (minutes)",
+    "gpu": "with `--device cuda`: the full model's training step, streaming, memory caps, and the floor",
+}
+_ON_CPU = ("commands", "loading", "training_step", "streaming", "vae_memory")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measures, prints the table, writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5, help="counted runs of each command, after one warm-up")
+    options, parts, output = _parse(arguments)
+    figures: dict[str, list[Figure]] = {}
+    machine = apart(describe_machine, options.device)
+    for part in parts:
+        print(f"{part}: {PARTS[part]}")
+        shutil.rmtree(options.scratch, ignore_errors=True)
+        options.scratch.mkdir(parents=True)
+        figures[part] = []
+        for figure in importlib.import_module(f"benchmarks.{part}").measure(options):
+            figures[part].append(figure)
+            print(row(figure), flush=True)
+            # Written after each, so that a long benchmark which is stopped has told what it knows
+            _write(output, machine, options, figures)
+    shutil.rmtree(options.scratch)
+    told = ", ".join(f"{value}" for value in machine.values())
+    print(f"\n{told}\nmedian of {options.runs} where more than one; {output}")
+
+
+def _parse(arguments: list[str] | None) -> tuple[Options, list[str], Path]:
+    listing = "\n".join(f"  {name:14} {text}" for name, text in PARTS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=f"{__doc__}\nparts:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help="what to measure (not given: all that suits the device)"
+    )
+    parser.add_argument("--runs", type=int, default=3, help="counted runs of each figure, after one warm-up")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="of training_step and gpu: configurations with TEXT in the name",
+    )
+    parser.add_argument(
+        "--toy", action="store_true", help="tiny sizes: shows that it works, measures nothing"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("bench"), help="folder for results and scratch files"
     )
-    parser.add_argument(
-        "--samples", action="store_true", help="only the start of `train` on up to 100,000 samples (minutes)"
-    )
-    parser.add_argument(
-        "--text-encoder",
-        action="store_true",
-        help="only the text encoder layer by layer, beside the whole one (minutes)",
-    )
-    options = parser.parse_args()
-    part = measure
-    if options.samples:
-        part = samples.measure
-    elif options.text_encoder:
-        part = text_encoder.measure
-    scratch = options.output / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    figures = []
-    for figure in part(scratch, options.runs):
-        figures.append(figure)
-        memory = f"{figure.peak_mb:8.0f} MB" if figure.peak_mb is not None else " " * 11
-        print(f"{figure.name:44} {figure.seconds:8.3f} s {memory}  {figure.beside}", flush=True)
-    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
-    document = {"machine": machine, "runs": options.runs, "figures": [asdict(f) for f in figures]}
-    (options.output / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(scratch)
-    print(
-        f"\n{machine['cpu']}, {machine['cores']} cores; median of {options.runs}; {options.output}/results.json"
-    )
+    given = parser.parse_args(arguments)
+    parts = [part.replace("-", "_") for part in given.parts]
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"there is no part `{unknown[0]}`; there are {', '.join(PARTS)}")
+    parts = parts or (list(_ON_CPU) if given.device == "cpu" else ["training_step", "gpu"])
+    options = Options(given.output / "scratch", given.runs, given.device, given.toy, given.only)
+    return options, parts, given.output / "results.json"
 
 
-def measure(scratch: Path, runs: int) -> Iterator[Figure]:
-    """Every figure, in order."""
-    yield command("hyimg --help", ["--help"], runs, "goal 0.4 s")
-    yield command("hyimg train --help", ["train", "--help"], runs, "goal 0.7 s")
-    yield command("hyimg inspect-modules --json", ["inspect-modules", "--json"], runs, "goal 1 s")
-    yield from _conversion(scratch, runs)
-    yield from _warm_training(scratch, runs)
+def row(figure: Figure) -> str:
+    """A line of the table."""
+    seconds = f"{figure.seconds:9.3f} s" if figure.seconds is not None else " " * 11
+    memory = f"{figure.peak_mb:8.0f} MB" if figure.peak_mb is not None else " " * 11
+    return f"{figure.name:52} {seconds} {memory}  {figure.beside}".rstrip()
 
 
-def _conversion(scratch: Path, runs: int) -> Iterator[Figure]:
-    """A 400 MB LoRA to ComfyUI's names, beside `cp` and `sha256sum` of the same file."""
-    source, copy = scratch / "lora.safetensors", scratch / "copy.safetensors"
-    apart(write_lora, source)
-    arguments = ["convert-comfy", str(source), str(scratch / "comfy.safetensors"), "--overwrite"]
-    ours = command("convert-comfy, 400 MB", arguments, runs, "goal 150 MB")
-    yield ours
-
-    def coreutils() -> None:
-        subprocess.run(["cp", source, copy], check=True)
-        subprocess.run(["sha256sum", source], check=True, stdout=subprocess.DEVNULL)
-
-    if shutil.which("sha256sum"):
-        beside = median(coreutils, runs)
-        yield Figure(
-            "cp and sha256sum of that file", beside, beside=f"ours {ours.seconds / beside:.2f} of it"
-        )
-
-
-def _warm_training(scratch: Path, runs: int) -> Iterator[Figure]:
-    """Process start to the end of one step on a tiny model, everything cached."""
-    subprocess.run([*HYIMG, "make-tiny-model", scratch / "model"], check=True, stderr=subprocess.DEVNULL)
-    images = scratch / "images"
-    images.mkdir()
-    apart(write_images, images)
-    dataset = scratch / "dataset.toml"
-    dataset.write_text(f"[[datasets]]\nresolution = 256\n[[datasets.subsets]]\nimage_dir = {str(images)!r}\n")
-    model = {name: scratch / "model" / file for name, file in _MODEL_FILES.items()}
-    common = ["--dataset_config", str(dataset)]
-    fill = [
-        ["cache-latents", *common, "--vae", str(model["vae"])],
-        ["cache-text", *common, "--text_encoder", str(model["text_encoder"]), "--byt5", str(model["byt5"])],
-    ]
-    for arguments in fill:
-        subprocess.run([*HYIMG, *arguments], check=True, stderr=subprocess.DEVNULL)
-        yield command(f"{arguments[0]}, all cached", arguments, runs)
-    train = [
-        "train",
-        "--dit",
-        str(model["dit"]),
-        *common,
-        "--output_dir",
-        str(scratch / "run"),
-        "--overwrite",
-    ]
-    yield command("train, start to one step, all cached", [*train, "--max_train_steps", "1"], runs)
-
-
-_MODEL_FILES = {
-    "dit": "hunyuanimage2.1.safetensors",
-    "text_encoder": "qwen_2.5_vl_7b.safetensors",
-    "byt5": "byt5_small_glyphxl_fp16.safetensors",
-    "vae": "hunyuan_image_2.1_vae_fp16.safetensors",
-}
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def _write(
+    path: Path, machine: dict[str, object], options: Options, figures: dict[str, list[Figure]]
+) -> None:
+    document = {
+        "machine": machine,
+        "runs": options.runs,
+        "toy": options.toy,
+        "parts": {part: [asdict(figure) for figure in some] for part, some in figures.items()},
+    }
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One figure of a benchmark, and how the cost of a command line is measured."""
+"""One figure of a benchmark, what a part is told, and how the cost of a command line is measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 HYIMG = [sys.executable, "-m", "hyimg"]
@@ -19,12 +20,28 @@ HYIMG = [sys.executable, "-m", "hyimg"]
 
 @dataclass(frozen=True)
 class Figure:
-    """One row: what, how much, and what it is compared with."""
+    """One row: what, how much, and what it is compared with; `values` are for programs that read the JSON."""
 
     name: str
-    seconds: float
+    seconds: float | None = None
     peak_mb: float | None = None
     beside: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks of a part. `scratch` is an empty folder, `runs` the counted runs of a figure.
+
+    `toy` takes the smallest sizes that go through the same code: it shows that a part works and measures nothing.
+    `only` is what the names of configurations must have in them, in the parts whose configurations take long.
+    """
+
+    scratch: Path
+    runs: int = 3
+    device: str = "cpu"
+    toy: bool = False
+    only: str = ""
 
 
 def apart(function: Callable[..., Any], *arguments: object) -> Any:
@@ -52,6 +69,7 @@ def command(name: str, arguments: list[str], runs: int, beside: str = "") -> Fig
 
 
 def median(run: Callable[[], None], runs: int) -> float:
+    """Median seconds of so many runs, after one that does not count."""
     run()
     times = []
     for _ in range(runs):

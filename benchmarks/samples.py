@@ -12,17 +12,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.figures import HYIMG, Figure, apart, command
+from benchmarks.figures import HYIMG, Figure, Options, apart, command
 
 SIZES = (1_000, 10_000, 100_000)
 SIDE = 64
 
 
-def measure(scratch: Path, runs: int, sizes: tuple[int, ...] = SIZES) -> Iterator[Figure]:
+def measure(options: Options) -> Iterator[Figure]:
     """One figure a size."""
+    scratch, runs = options.scratch, options.runs
     model = scratch / "tiny"
     subprocess.run([*HYIMG, "make-tiny-model", model], check=True, stderr=subprocess.DEVNULL)
-    for size in sizes:
+    for size in (20,) if options.toy else SIZES:
         folder = scratch / f"samples-{size}"
         dataset = apart(synthesise, folder, size)
         train = [

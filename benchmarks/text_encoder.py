@@ -18,13 +18,13 @@ import json
 import random
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import Figure
+from benchmarks.figures import Figure, Options
+from benchmarks.peaks import ProcessPeaks
 
 NUM_CAPTIONS = 64
 BATCH_SIZE = 8
@@ -50,20 +50,20 @@ def captions() -> list[str]:
     return texts
 
 
-def measure(scratch: Path, runs: int) -> Iterator[Figure]:
+def measure(options: Options) -> Iterator[Figure]:
     """Time and memory of each way, and the bytes of a caption's cache entry at the real width."""
     from hyimg.encoders.qwen import check_qwen
 
-    path = scratch / "encoder.safetensors"
+    path = options.scratch / "encoder.safetensors"
     make_encoder(path)
     arch = check_qwen(path)
     embeddings = arch.vocab * arch.hidden * 2 / 1e6
     layers = path.stat().st_size / 1e6 - 2 * embeddings
     goal = layers * 3 / arch.num_layers + embeddings
-    yield Figure(f"the encoder: {arch.num_layers} layers, {layers:.0f} MB", 0.0, layers + embeddings)
+    yield Figure(f"the encoder: {arch.num_layers} layers, {layers:.0f} MB", None, layers + embeddings)
     best: dict[str, dict[str, float]] = {}
     for way in WAYS:
-        results = [_in_a_process(way, path) for _ in range(max(1, runs // 2))]
+        results = [_in_a_process(way, path) for _ in range(max(1, options.runs // 2))]
         best[way] = min(results, key=lambda result: result["seconds"])
         seconds, own = best[way]["seconds"], best[way]["own_mb"]
         activations = best["streamed, mapped"]["own_mb"]
@@ -77,7 +77,7 @@ def measure(scratch: Path, runs: int) -> Iterator[Figure]:
     ours, theirs = entry_bytes()
     yield Figure(
         "a caption's entry, width 3584",
-        0.0,
+        None,
         ours / 1e6,
         f"{ours / theirs:.2f} of the reference tool's on these captions (goal 0.35), "
         f"{ours / REFERENCE_BYTES:.2f} of its mean of 1.63 MB on shorter ones",
@@ -152,7 +152,7 @@ def encode_one_way(way: str, path: Path) -> dict[str, float]:
             return list(encoder.hidden_states(rows))
 
     _warm_up()
-    with _MemoryPeaks() as peaks:
+    with ProcessPeaks() as peaks:
         started = time.perf_counter()
         states = run()
         seconds = time.perf_counter() - started
@@ -227,34 +227,6 @@ def _transformers(path: Path, rows: Sequence[Sequence[int]]) -> Callable[[], Any
         return states
 
     return run
-
-
-class _MemoryPeaks:
-    """The largest growth of this process's own and mapped memory in a block, looked at every few ms (Linux)."""
-
-    def __enter__(self) -> _MemoryPeaks:
-        self.own = self.mapped = 0
-        self._first = self._now()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.003):
-            own, mapped = self._now()
-            self.own = max(self.own, own - self._first[0])
-            self.mapped = max(self.mapped, mapped - self._first[1])
-
-    @staticmethod
-    def _now() -> tuple[int, int]:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
-        return 1024 * kilobytes["RssAnon"], 1024 * kilobytes["RssFile"]
 
 
 if __name__ == "__main__":

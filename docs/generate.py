@@ -14,6 +14,9 @@ from hyimg.config.option import Option, groups_of, options_of
 from hyimg.data import report
 from hyimg.data.dataset_keys import KEYS
 from hyimg.data.report import FINDING_KINDS
+from hyimg.memory.plan import weight_bytes
+from hyimg.model.architecture import DIT_2_1
+from hyimg.report import size_text
 
 COMMANDS = {
     "dataset": configs.DatasetConfig,
@@ -24,6 +27,7 @@ COMMANDS = {
     "infer": configs.InferConfig,
     "convert-comfy": configs.ConvertComfyConfig,
     "inspect-modules": configs.InspectModulesConfig,
+    "check": configs.CheckConfig,
     "make-tiny-model": configs.MakeTinyModelConfig,
     "demo": configs.DemoConfig,
     "plugins": configs.PluginsConfig,
@@ -44,6 +48,19 @@ def commands_page() -> str:
             parts += [_row(option, option.name in required) for option in options]
             parts.append("")
     return "\n".join(parts)
+
+
+def weights_table() -> str:
+    """What the real model's weights take under the guide's settings."""
+    settings = [(False, 0), (False, 18), (False, 37), (True, 0), (True, 9), (True, 32), (True, 37)]
+    rows = ["| options | on the device | of it the ring | in host memory |", "|---|---|---|---|"]
+    for fp8, blocks_to_swap in settings:
+        options = ["`--fp8_scaled`"] * fp8
+        options += [f"`--blocks_to_swap {blocks_to_swap}`"] * (blocks_to_swap > 0)
+        taken = weight_bytes(DIT_2_1, blocks_to_swap=blocks_to_swap, fp8=fp8)
+        cells = [size_text(size) if size else "" for size in (taken.device, taken.ring, taken.host)]
+        rows.append(f"| {' '.join(options) or 'none (bf16)'} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def legacy_table() -> str:

@@ -17,13 +17,10 @@ from hyimg.cli import commands
 from hyimg.cli.flags import CONTEXT_SETTINGS, TRACEBACK_FLAG, add_command
 from hyimg.config import commands as configs
 from hyimg.errors import HyimgError, did_you_mean
+from hyimg.memory.out_of_memory import general_changes, out_of_memory_error, out_of_memory_place
 from hyimg.memory.processes import Processes
 
 _INTERRUPTED = 130
-_LESS_MEMORY = (
-    "a smaller `batch_size` or `resolution` needs less (rendering: `--image_size`), and so does "
-    "`--gradient_checkpointing` in training; other programs may hold memory of the same device"
-)
 
 app = typer.Typer(
     name="hyimg",
@@ -59,6 +56,7 @@ add_command(app, "sample", configs.SampleConfig, commands.sample, panel=STAGES)
 add_command(app, "infer", configs.InferConfig, commands.infer, panel=STAGES)
 add_command(app, "convert-comfy", configs.ConvertComfyConfig, commands.convert_comfy, panel=STAGES)
 add_command(app, "inspect-modules", configs.InspectModulesConfig, commands.inspect_modules, panel=STAGES)
+add_command(app, "check", configs.CheckConfig, commands.check, panel=STAGES)
 add_command(app, "make-tiny-model", configs.MakeTinyModelConfig, commands.make_tiny_model, panel=TOOLS)
 add_command(app, "demo", configs.DemoConfig, commands.demo, panel=TOOLS)
 add_command(app, "plugins", configs.PluginsConfig, commands.list_plugins, panel=TOOLS)
@@ -109,25 +107,14 @@ def _answer(error: Exception) -> int:
         else:
             _complain(*_usage(error))
         return 2
-    if _is_out_of_memory(error):
-        first_line = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
-        _complain("out of memory" + (f": {first_line}" if first_line else ""), _LESS_MEMORY)
-        return 1
+    if (place := out_of_memory_place(error)) is not None:
+        return _answer(out_of_memory_error(error, place, general_changes(place)))
     text = str(error).strip()
     _complain(
         f"unexpected {type(error).__name__}" + (f": {text}" if text else ""),
         f"run again with `{TRACEBACK_FLAG}`, and report it",
     )
     return 1
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's type by its name, since torch may not be imported; on the CPU it is a plain RuntimeError
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
 
 
 def _close_stdout() -> None:

@@ -7,6 +7,7 @@ import typer
 from hyimg.config.commands import (
     CacheLatentsConfig,
     CacheTextConfig,
+    CheckConfig,
     ConvertComfyConfig,
     DatasetConfig,
     DemoConfig,
@@ -74,6 +75,13 @@ def inspect_modules(config: InspectModulesConfig, report: Reporter) -> None:
     from hyimg.stages.inspect_modules import inspect_modules
 
     inspect_modules(config, report)
+
+
+def check(config: CheckConfig, report: Reporter) -> None:
+    """Look into a LoRA file: ranks, alphas, norms, values that are no numbers, and what fp8 would leave of it."""
+    from hyimg.stages.check import check
+
+    check(config, report)
 
 
 def make_tiny_model(config: MakeTinyModelConfig, report: Reporter) -> None:

@@ -23,7 +23,7 @@ from hyimg.config.network import NetworkShape, NetworkTraining
 from hyimg.config.optimizer import LearningRate, Optimizer
 from hyimg.config.rendering import InferOutput, LoRAFiles, Prompt, Sampling, SheetOptions
 from hyimg.config.run import Duration, Hub, Logging, Metadata, ProcessCount, Saving, Validation
-from hyimg.config.tools import Common, Conversion, Demo, Inspection, PluginList, TinyModel
+from hyimg.config.tools import Check, Common, Conversion, Demo, Inspection, PluginList, TinyModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +136,14 @@ class InspectModulesConfig:
     inspection: Inspection = field(default_factory=Inspection)
     network: NetworkShape = field(default_factory=NetworkShape)
     rate: LearningRate = field(default_factory=LearningRate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    REQUIRED: ClassVar[tuple[str, ...]] = ("lora",)
+
+    check: Check = field(default_factory=Check)
+    dit: DiTFile = field(default_factory=DiTFile)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,7 @@ class ReportModels:
     vae: Path | None = option(None, help="the VAE, a `.safetensors` file")
     text_encoder: Path | None = option(None, help="Qwen2.5-VL, a file or a folder (with `--byt5`)")
     byt5: Path | None = option(None, help="byT5 glyph encoder (with `--text_encoder`)")
+    fp8_vl: bool = option(False, help="the text cache is one that was made with `--fp8_vl`")
     tokenizer: Path | None = option(
         None,
         aliases=("tokenizer_cache_dir",),

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from hyimg.config.option import option
 
-_MEMORY = "leave it out; for now the whole model stays in GPU memory in bf16"
-
 
 @dataclass(frozen=True, kw_only=True)
 class DiTFile:
@@ -42,8 +40,8 @@ class TextEncoderFiles:
     text_encoder_cpu: bool = option(False, help="run the text encoders on the CPU")
     fp8_vl: bool = option(
         False,
-        help="hold Qwen2.5-VL's weights in fp8",
-        later="leave it out; the encoder needs the memory of two layers only",
+        help="hold the layers of Qwen2.5-VL in scaled fp8 (e4m3) while they are used: half the memory of the two "
+        "layers that are on the device at a time, for states that differ by some percent (and a cache of its own)",
     )
     text_encoder_batch_size: int = option(
         8, minimum=1, help="captions of equal length that are encoded together"
@@ -59,6 +57,13 @@ class VAEFile:
         None,
         minimum=1,
         help="VAE convolutions in chunks of so many rows, to save memory (16 is a good value)",
+    )
+    vae_tile_size: int | None = option(
+        None,
+        minimum=128,
+        multiple_of=32,
+        help="VAE in overlapping tiles of so many pixels a side, blended where they meet (512 is a good value): "
+        "saves the most memory, at any picture size; pictures larger than a tile change a little",
     )
 
 
@@ -87,24 +92,39 @@ class Memory:
         "torch",
         choices=("torch", "xformers", "flash", "sageattn"),
         synonyms={"sdpa": "torch"},
-        help="attention backend",
-        later="use torch",
+        help="attention backend; each but torch is a package of its own, and sageattn cannot train",
     )
-    fp8_scaled: bool = option(False, help="hold the DiT's block weights in scaled fp8 (e4m3)", later=_MEMORY)
+    fp8_scaled: bool = option(
+        False, help="hold the DiT's block weights in scaled fp8 (e4m3): half the memory of bf16"
+    )
     blocks_to_swap: int = option(
-        0, minimum=0, help="keep so many block units off the GPU and stream them", later=_MEMORY
+        0,
+        minimum=0,
+        help="block units that live in host memory and are streamed to the GPU ahead of use, up to 37; "
+        "a unit is one double block or two single blocks",
     )
-    torch_compile: bool = option(False, help="compile the blocks", later="leave it out")
+    torch_compile: bool = option(
+        False, help="compile the blocks: faster steps after a minute or so at the first ones"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
     """Memory in training."""
 
-    split_attn: bool = option(False, help="changes nothing: attention never uses a mask here")
+    split_attn: bool = option(
+        False, help="attention one image at a time, also where a batch's lengths are equal"
+    )
     gradient_checkpointing: bool = option(
         False, help="recompute the blocks in the backward pass, to save memory"
     )
+    checkpoint_keep: str | None = option(
+        None,
+        choices=("attention",),
+        help="what gradient checkpointing keeps: `attention` recomputes no attention, for some memory "
+        "(and switches checkpointing on)",
+    )
     cpu_offload_checkpointing: bool = option(
-        False, help="keep checkpointed activations in CPU memory", later=_MEMORY
+        False,
+        help="keep what gradient checkpointing saves in host memory (and switch checkpointing on)",
     )

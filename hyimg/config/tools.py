@@ -1,4 +1,4 @@
-"""The small commands: convert-comfy, inspect-modules, make-tiny-model, demo, and what all commands share."""
+"""The small commands: convert-comfy, inspect-modules, check, make-tiny-model, demo, and what all commands share."""
 
 from __future__ import annotations
 
@@ -43,6 +43,22 @@ class Inspection:
         help="known architecture, in place of a checkpoint",
     )
     pattern: str | None = option(None, help="list only the modules that this regular expression matches")
+    json: bool = option(False, help="print JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What to check."""
+
+    lora: Path | None = option(None, is_input=True, argument=True, help="LoRA file to check")
+    fp8: bool = option(
+        False,
+        help="also how much of the LoRA would survive being merged into an fp8 model: needs `--dit`, whose "
+        "weights are read one at a time",
+    )
+    device: str | None = option(
+        None, help="where `--fp8` computes: cuda, cuda:N or cpu (not given: the best one there is)"
+    )
     json: bool = option(False, help="print JSON")
 
 

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from hyimg.encoders.batching import equal_length_batches
 from hyimg.encoders.qwen_checkpoint import QwenArch, arch_of, check_qwen
-from hyimg.encoders.qwen_layer import decoder_layer, rotation
+from hyimg.encoders.qwen_layer import Fp8Weight, Weight, decoder_layer, rotation
 from hyimg.encoders.template import TEMPLATE_TOKENS
 from hyimg.encoders.tokenizer import QwenTokenizer
 from hyimg.errors import HyimgError
+from hyimg.memory.fp8 import quantize, require_fp8_device
 from hyimg.model.safetensors_file import Checkpoint
 
 __all__ = ["OnLayer", "QwenArch", "QwenEncoder", "check_qwen"]
@@ -43,7 +44,8 @@ class QwenEncoder:
     """The first n-2 layers of Qwen2.5-VL's language model, left in their file until they are needed.
 
     `dtype` is what the weights are cast to and the layers compute in; `batch_size` the most prompts (of
-    equal length) in one batch. Nothing stays on the device between calls.
+    equal length) in one batch. With `fp8` the matrices of a layer are quantised as it is read, and dequantised
+    where they are used. Nothing stays on the device between calls.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +55,7 @@ class QwenEncoder:
     dtype: torch.dtype = torch.bfloat16
     batch_size: int = 8
     on_layer: OnLayer | None = None
+    fp8: bool = False
 
     @staticmethod
     def open(
@@ -64,11 +67,15 @@ class QwenEncoder:
         batch_size: int = 8,
         mmap: bool = True,
         on_layer: OnLayer | None = None,
+        fp8: bool = False,
     ) -> QwenEncoder:
         """Checks the headers of a single file or a Hugging Face folder; no weight is read.
 
-        Raises `HyimgError` as `check_qwen`, and where the tokenizer has more tokens than the embedding.
+        Raises `HyimgError` as `check_qwen`, where the tokenizer has more tokens than the embedding, and where
+        the device has no fp8.
         """
+        if fp8:
+            require_fp8_device(torch.device(device))
         checkpoint = Checkpoint.open(path, mmap=mmap)
         arch = arch_of(checkpoint)
         if tokenizer.num_tokens > arch.vocab:
@@ -77,7 +84,9 @@ class QwenEncoder:
                 f"encoder `{path}` only {arch.vocab}",
                 hint="give the tokenizer that belongs to this text encoder with `--tokenizer`",
             )
-        return QwenEncoder(checkpoint, arch, tokenizer, torch.device(device), dtype, batch_size, on_layer)
+        return QwenEncoder(
+            checkpoint, arch, tokenizer, torch.device(device), dtype, batch_size, on_layer, fp8
+        )
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """For each prompt its tokens' states (T, D) after layer n-2, without the template's 34 tokens.
@@ -147,9 +156,11 @@ class QwenEncoder:
         for ids_BT in tokens:
             yield F.embedding(ids_BT, table_VD).to(self.dtype)
 
-    def _read_layer(self, layer: int) -> dict[str, Tensor]:
+    def _read_layer(self, layer: int) -> dict[str, Weight]:
         prefix = self.arch.layer_prefix(layer)
-        return {
-            name: self.checkpoint.read(prefix + name, self.device).to(self.dtype)
-            for name in self.arch.layer_shapes()
-        }
+        weights: dict[str, Weight] = {}
+        for name, shape in self.arch.layer_shapes().items():
+            tensor = self.checkpoint.read(prefix + name, self.device)
+            is_fp8 = self.fp8 and len(shape) == 2
+            weights[name] = Fp8Weight(*quantize(tensor)) if is_fp8 else tensor.to(self.dtype)
+        return weights

@@ -17,6 +17,17 @@ from einops import rearrange
 from torch import Tensor
 
 from hyimg.encoders.qwen_checkpoint import QwenArch
+from hyimg.memory.fp8 import dequantize
+
+
+class Fp8Weight(NamedTuple):
+    """A matrix in scaled fp8, as `hyimg.memory.fp8.quantize` gives it."""
+
+    q_OI: Tensor
+    scale: Tensor
+
+
+Weight = Tensor | Fp8Weight
 
 
 class Rotation(NamedTuple):
@@ -42,7 +53,7 @@ def rotation(arch: QwenArch, num_tokens: int, *, device: torch.device, dtype: to
 
 
 def decoder_layer(
-    hidden_BTD: Tensor, weights: Mapping[str, Tensor], arch: QwenArch, rotary: Rotation
+    hidden_BTD: Tensor, weights: Mapping[str, Weight], arch: QwenArch, rotary: Rotation
 ) -> Tensor:
     """The layer's output for rows without padding; `weights` as `QwenArch.layer_shapes` names them."""
     normed_BTD = _rms_norm(hidden_BTD, weights["input_layernorm.weight"], arch.rms_eps)
@@ -51,22 +62,32 @@ def decoder_layer(
     return hidden_BTD + _mlp(normed_BTD, weights)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _linear(x: Tensor, weights: Mapping[str, Weight], name: str) -> Tensor:
+    """The product by the weight of a module, dequantised for it where it is fp8, and its bias if it has one."""
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    assert not isinstance(bias, Fp8Weight)
+    if isinstance(weight, Fp8Weight):
+        return F.linear(x, dequantize(weight.q_OI, weight.scale, x.dtype), bias)
+    return F.linear(x, weight, bias)
+
+
+def _rms_norm(x: Tensor, weight: Weight, eps: float) -> Tensor:
     """Normalized in float32, multiplied by the weight in the input's dtype."""
+    assert not isinstance(weight, Fp8Weight)
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def _attention(x_BTD: Tensor, weights: Mapping[str, Tensor], arch: QwenArch, rotary: Rotation) -> Tensor:
+def _attention(x_BTD: Tensor, weights: Mapping[str, Weight], arch: QwenArch, rotary: Rotation) -> Tensor:
     def heads(which: str, num_heads: int) -> Tensor:
-        weight, bias = weights[f"self_attn.{which}_proj.weight"], weights[f"self_attn.{which}_proj.bias"]
-        return rearrange(F.linear(x_BTD, weight, bias), "b t (n k) -> b n t k", n=num_heads)
+        states_BTX = _linear(x_BTD, weights, f"self_attn.{which}_proj")
+        return rearrange(states_BTX, "b t (n k) -> b n t k", n=num_heads)
 
     q_BNTK = _rotate(heads("q", arch.num_heads), rotary)
     k_BMTK = _rotate(heads("k", arch.num_kv_heads), rotary)
     v_BMTK = heads("v", arch.num_kv_heads)
     out_BNTK = F.scaled_dot_product_attention(q_BNTK, k_BMTK, v_BMTK, is_causal=True, enable_gqa=True)
-    return F.linear(rearrange(out_BNTK, "b n t k -> b t (n k)"), weights["self_attn.o_proj.weight"])
+    return _linear(rearrange(out_BNTK, "b n t k -> b t (n k)"), weights, "self_attn.o_proj")
 
 
 def _rotate(x_BNTK: Tensor, rotary: Rotation) -> Tensor:
@@ -74,6 +95,6 @@ def _rotate(x_BNTK: Tensor, rotary: Rotation) -> Tensor:
     return x_BNTK * rotary.cos_TK + torch.cat([-second, first], dim=-1) * rotary.sin_TK
 
 
-def _mlp(x_BTD: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    gate = F.silu(F.linear(x_BTD, weights["mlp.gate_proj.weight"]))
-    return F.linear(gate * F.linear(x_BTD, weights["mlp.up_proj.weight"]), weights["mlp.down_proj.weight"])
+def _mlp(x_BTD: Tensor, weights: Mapping[str, Weight]) -> Tensor:
+    gate = F.silu(_linear(x_BTD, weights, "mlp.gate_proj"))
+    return _linear(gate * _linear(x_BTD, weights, "mlp.up_proj"), weights, "mlp.down_proj")

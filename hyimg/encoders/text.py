@@ -27,6 +27,9 @@ from hyimg.encoders.tokenizer import QwenTokenizer, load_qwen_tokenizer
 # Part of the identity: a change of the rules that nothing else in it tells (the glyph rule, say) raises it
 RULES_VERSION = 1
 
+# How weights are quantised where they are, as the identity tells it
+FP8_RULE = "e4m3, a scale for 64 values"
+
 # Prompts whose quoted texts are looked at together, so that those of equal length make a batch
 GLYPH_GROUP = 64
 
@@ -61,6 +64,7 @@ class TextEncoders:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
+        fp8: bool = False,
         byt5_dtype: torch.dtype | None = None,
         batch_size: int = 8,
         mmap: bool = True,
@@ -69,7 +73,7 @@ class TextEncoders:
     ) -> TextEncoders:
         """Checks headers and tokenizer; no weight is read. `tokenizer` as `load_qwen_tokenizer`, or loaded.
 
-        `dtype` is Qwen's, `byt5_dtype` None the file's own; `on_layer` reports Qwen's layers. Raises
+        `dtype` and `fp8` are Qwen's, `byt5_dtype` None the file's own; `on_layer` reports Qwen's layers. Raises
         `HyimgError` for files that are not what they should be.
         """
         if not isinstance(tokenizer, QwenTokenizer):
@@ -79,6 +83,7 @@ class TextEncoders:
             tokenizer=tokenizer,
             device=device,
             dtype=dtype,
+            fp8=fp8,
             batch_size=batch_size,
             mmap=mmap,
             on_layer=on_layer,
@@ -90,10 +95,10 @@ class TextEncoders:
     def identity(self) -> str:
         """sha256 over everything that an encoded text depends on beside the prompt; 64 hex digits.
 
-        Both files' contents, the tokenizer, the template and its limits, the layer taken, the dtypes; never
-        the device or the batch size. Reads the files whole unless `memo` knows them.
+        Both files' contents, the tokenizer, the template and its limits, the layer taken, the dtypes, fp8 or
+        not; never the device or the batch size. Reads the files whole unless `memo` knows them.
         """
-        recipe = {
+        recipe: dict[str, object] = {
             "rules": RULES_VERSION,
             "qwen": file_identity(self.qwen.checkpoint.path, self.memo),
             "qwen_dtype": str(self.qwen.dtype),
@@ -106,6 +111,8 @@ class TextEncoders:
             "byt5_dtype": str(self.byt5.dtype),
             "max_glyph_tokens": MAX_GLYPH_TOKENS,
         }
+        if self.qwen.fp8:
+            recipe["qwen_weights"] = FP8_RULE
         return hash_bytes(json.dumps(recipe, sort_keys=True).encode())
 
     def encode(self, prompts: Sequence[str]) -> list[EncodedText]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hyimg.cache.identity import Memo, file_identity
-from hyimg.config.models import Compute, TextEncoderFiles, VAEFile
+from hyimg.config.models import Compute, Memory, TextEncoderFiles, VAEFile
 from hyimg.config.rendering import Sampling
 from hyimg.encoders.glyph import glyph_prompt
 from hyimg.encoders.progress import encode_prompts
@@ -33,8 +33,13 @@ from hyimg.flow.renderer import (
     settings_of,
 )
 from hyimg.memory.device import compute_dtype, resolve_device, vae_dtype
+from hyimg.memory.dit import DiTOptions
+from hyimg.memory.out_of_memory import Place, rendering_changes
+from hyimg.memory.swap_plan import max_blocks_to_swap
 from hyimg.model.architecture import NATIVE_SIZES
-from hyimg.model.loading import check_dit, load_dit, load_vae
+from hyimg.model.header_check import read_dit
+from hyimg.model.loading import check_dit, load_vae
+from hyimg.model.safetensors_file import Checkpoint
 from hyimg.model.vae import VAE
 from hyimg.plugins import load_plugins
 from hyimg.report import Reporter
@@ -63,19 +68,29 @@ class RenderPlan:
     loras: list[LoRAUse]
     samplers: Mapping[str, Callable[..., Tensor]]
     sampling: Sampling
+    memory: Memory
     compute: Compute
     device: torch.device
 
-    def load_renderer(self, states: Mapping[str, PromptStates]) -> Renderer:
-        """The renderer with the DiT read onto the device; no LoRA is attached."""
-        dit = load_dit(
-            self.dit,
-            device=self.device,
-            dtype=compute_dtype(self.compute.mixed_precision),
-            mmap=not self.compute.disable_mmap_load_safetensors,
-        )
+    def load_renderer(self, states: Mapping[str, PromptStates], report: Reporter) -> Renderer:
+        """The renderer with the DiT read to where the memory options want it; no LoRA is attached."""
+        options, dtype = DiTOptions.of(self.memory), compute_dtype(self.compute.mixed_precision)
+        report.note(options.describe(self.dit, self.device, dtype))
+        mmap = not self.compute.disable_mmap_load_safetensors
+        dit = options.load(self.dit, self.device, dtype, report, mmap=mmap)
         return Renderer(
             dit, self.sampling, self.samplers, states, lambda prompt: glyph_prompt(prompt) is not None
+        )
+
+    def changes_for_memory(self, place: Place) -> list[str]:
+        """What to change where memory runs out while the DiT is loaded or renders."""
+        contents = read_dit(Checkpoint.open(self.dit))
+        return rendering_changes(
+            self.memory,
+            place,
+            most_blocks=max_blocks_to_swap(contents.arch),
+            is_fp8_file=contents.quantization is not None,
+            on_cpu=self.device.type == "cpu",
         )
 
     def settings(self, spec: RenderSpec, loras: Sequence[LoRAUse]) -> dict[str, object]:
@@ -89,6 +104,7 @@ def plan_renders(
     *,
     dit: Path,
     sampling: Sampling,
+    memory: Memory,
     compute: Compute,
     lora_weight: Sequence[Path],
     lora_multiplier: Sequence[float],
@@ -110,10 +126,11 @@ def plan_renders(
     multipliers = lora_multipliers(lora_weight, lora_multiplier)
     check_loras(lora_weight, arch)
     device = resolve_device(compute.device)
+    DiTOptions.of(memory).check(dit, device, compute_dtype(compute.mixed_precision))
     warn_of_sizes(specs, report)
     hashes = {path: file_identity(path) for path in dict.fromkeys(lora_weight)}
     loras = [LoRAUse(path, m, hashes[path]) for path, m in zip(lora_weight, multipliers, strict=True)]
-    return RenderPlan(dit, specs, loras, samplers, sampling, compute, device)
+    return RenderPlan(dit, specs, loras, samplers, sampling, memory, compute, device)
 
 
 def warn_of_sizes(specs: Sequence[RenderSpec], report: Reporter) -> None:
@@ -138,6 +155,7 @@ def open_encoders(files: TextEncoderFiles, compute: Compute, memo: Memo | None =
         files.byt5,
         files.tokenizer,
         device=torch.device("cpu") if files.text_encoder_cpu else resolve_device(compute.device),
+        fp8=files.fp8_vl,
         batch_size=files.text_encoder_batch_size,
         mmap=not compute.disable_mmap_load_safetensors,
         memo=memo,
@@ -162,6 +180,7 @@ def load_decoder(options: VAEFile, compute: Compute) -> VAE:
         dtype=vae_dtype(compute.mixed_precision, device),
         mmap=not compute.disable_mmap_load_safetensors,
         chunk_rows=options.vae_chunk_size,
+        tile_size=options.vae_tile_size,
     )
 
 

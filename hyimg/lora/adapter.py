@@ -3,10 +3,12 @@
 Precision. The weights are float32 parameters, so that small optimiser steps are not lost. Both products run
 in the dtype of the input x: under a bf16 model the weights are cast to bf16 on the way in and the casts'
 gradients are float32 again, which is the product that the reference tool gets from bf16 autocast. The scale
-is applied together with the addition, in float32 inside the kernel and rounded once, where the reference
-rounds the scaled update first. In a float32 model all is float32.
+is multiplied into `up` before its cast, and the second product is added to y inside its kernel, in float32 and
+rounded once, where the reference rounds the update and then the scaled update. In a float32 model all is float32.
 
-Shapes: I input features, O output features, R rank
+Memory. Nothing of the base output's size is made: the update goes straight into y.
+
+Shapes: P tokens, I input features, O output features, R rank
 """
 
 from __future__ import annotations
@@ -42,13 +44,13 @@ class LoRA(nn.Module):
         """alpha/rank."""
         return self.alpha / self.rank
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Adds the update for the input `x` (..., I) to the base layer's output `y` (..., O)."""
+    def forward(self, x_PI: Tensor, y_PO: Tensor) -> Tensor:
+        """Adds the update for the input x (P, I) to the base layer's output y (P, O), in place."""
         if self.multiplier == 0:
-            return y
-        down_RI, up_OR = self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype)
-        update = F.linear(F.linear(x, down_RI), up_OR)
-        return torch.add(y, update, alpha=self.multiplier * self.scale)
+            return y_PO
+        down_RI = self.lora_down.weight.to(x_PI.dtype)
+        up_OR = (self.lora_up.weight * (self.multiplier * self.scale)).to(x_PI.dtype)
+        return y_PO.addmm_(F.linear(x_PI, down_RI), up_OR.t())
 
     @torch.no_grad()
     def initialize(self, *key: object) -> None:

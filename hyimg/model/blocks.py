@@ -1,21 +1,25 @@
 """The two kinds of transformer block: double streams (image and text apart) and single stream (joined).
 
-Both are modulated by the conditioning vector and attend over image and text tokens together, image first.
+Both are modulated by the conditioning vector and attend over image and text tokens together, image first. The
+halves before and after attention are methods of their own: `--torch_compile` compiles those, attention between
+them runs as it is.
 Module and parameter names are the checkpoint's.
-Shapes: B batch, L image tokens, T text tokens, M = L+T, D hidden, N heads, K head size, X packed 3*N*K
+Shapes: B batch, L image tokens, T text tokens, M = L+T, D hidden, N heads, K head size, X packed 3*N*K,
+U hidden of the feed-forward half
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from hyimg.model.architecture import DiTArch
 from hyimg.model.attention import Attend
-from hyimg.model.layers import MLP, Linear, Modulation, RMSNorm, normalize
-from hyimg.model.rope import Rope, rotate_image_tokens
+from hyimg.model.layers import MLP, HeadNorm, Linear, Modulation, gated, joined, normalize
+from hyimg.model.rope import Rope
 
 
 class DoubleBlock(nn.Module):
@@ -28,42 +32,56 @@ class DoubleBlock(nn.Module):
 
         self.img_mod = Modulation(hidden, num_chunks=6)
         self.img_attn_qkv = Linear(hidden, 3 * hidden)
-        self.img_attn_q_norm = RMSNorm(arch.head_dim)
-        self.img_attn_k_norm = RMSNorm(arch.head_dim)
+        self.img_attn_q_norm = HeadNorm(arch.head_dim)
+        self.img_attn_k_norm = HeadNorm(arch.head_dim)
         self.img_attn_proj = Linear(hidden, hidden)
         self.img_mlp = MLP(hidden, arch.mlp_hidden)
 
         self.txt_mod = Modulation(hidden, num_chunks=6)
         self.txt_attn_qkv = Linear(hidden, 3 * hidden)
-        self.txt_attn_q_norm = RMSNorm(arch.head_dim)
-        self.txt_attn_k_norm = RMSNorm(arch.head_dim)
+        self.txt_attn_q_norm = HeadNorm(arch.head_dim)
+        self.txt_attn_k_norm = HeadNorm(arch.head_dim)
         self.txt_attn_proj = Linear(hidden, hidden)
         self.txt_mlp = MLP(hidden, arch.mlp_hidden)
 
     def forward(
         self, img_BLD: Tensor, txt_BTD: Tensor, vec_BD: Tensor, rope: Rope, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec_BD)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec_BD)
-
-        img_q, img_k, img_v = split_heads(
-            self.img_attn_qkv(normalize(img_BLD, img_shift1, img_scale1)), self.heads
-        )
-        txt_q, txt_k, txt_v = split_heads(
-            self.txt_attn_qkv(normalize(txt_BTD, txt_shift1, txt_scale1)), self.heads
-        )
-        img_q = rotate_image_tokens(self.img_attn_q_norm(img_q), rope)
-        img_k = rotate_image_tokens(self.img_attn_k_norm(img_k), rope)
-        q_BMNK = torch.cat([img_q, self.txt_attn_q_norm(txt_q)], dim=1)
-        k_BMNK = torch.cat([img_k, self.txt_attn_k_norm(txt_k)], dim=1)
-        v_BMNK = torch.cat([img_v, txt_v], dim=1)
+        q_BMNK, k_BMNK, v_BMNK, img_mods, txt_mods = self.before_attention(img_BLD, txt_BTD, vec_BD, rope)
         attn_BMD = attend(q_BMNK, k_BMNK, v_BMNK)
-        img_attn, txt_attn = attn_BMD[:, : img_BLD.shape[1]], attn_BMD[:, img_BLD.shape[1] :]
+        return self.after_attention(img_BLD, txt_BTD, attn_BMD, img_mods, txt_mods)
 
-        img_BLD = img_BLD + self.img_attn_proj(img_attn) * img_gate1
-        img_BLD = img_BLD + self.img_mlp(normalize(img_BLD, img_shift2, img_scale2)) * img_gate2
-        txt_BTD = txt_BTD + self.txt_attn_proj(txt_attn) * txt_gate1
-        txt_BTD = txt_BTD + self.txt_mlp(normalize(txt_BTD, txt_shift2, txt_scale2)) * txt_gate2
+    def before_attention(
+        self, img_BLD: Tensor, txt_BTD: Tensor, vec_BD: Tensor, rope: Rope
+    ) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        """Queries, keys and values (B, M, N, K), and what modulates the rest of each stream."""
+        img_shift, img_scale, *img_mods = self.img_mod(vec_BD)
+        txt_shift, txt_scale, *txt_mods = self.txt_mod(vec_BD)
+        img_qkv_BLX = self.img_attn_qkv(normalize(img_BLD, img_shift, img_scale))
+        txt_qkv_BTX = self.txt_attn_qkv(normalize(txt_BTD, txt_shift, txt_scale))
+        img_q, img_k, img_v = split_heads(img_qkv_BLX, self.heads)
+        txt_q, txt_k, txt_v = split_heads(txt_qkv_BTX, self.heads)
+        q_BMNK = torch.cat([self.img_attn_q_norm(img_q, rope), self.txt_attn_q_norm(txt_q)], dim=1)
+        k_BMNK = torch.cat([self.img_attn_k_norm(img_k, rope), self.txt_attn_k_norm(txt_k)], dim=1)
+        v_BMNK = torch.cat([img_v, txt_v], dim=1)
+        return q_BMNK, k_BMNK, v_BMNK, img_mods, txt_mods
+
+    def after_attention(
+        self,
+        img_BLD: Tensor,
+        txt_BTD: Tensor,
+        attn_BMD: Tensor,
+        img_mods: Sequence[Tensor],
+        txt_mods: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams with their attention and their feed-forward halves added."""
+        img_attn, txt_attn = attn_BMD.tensor_split([img_BLD.shape[1]], dim=1)
+        img_gate1, img_shift, img_scale, img_gate2 = img_mods
+        txt_gate1, txt_shift, txt_scale, txt_gate2 = txt_mods
+        img_BLD = gated(img_BLD, self.img_attn_proj(img_attn), img_gate1)
+        img_BLD = gated(img_BLD, self.img_mlp(normalize(img_BLD, img_shift, img_scale)), img_gate2)
+        txt_BTD = gated(txt_BTD, self.txt_attn_proj(txt_attn), txt_gate1)
+        txt_BTD = gated(txt_BTD, self.txt_mlp(normalize(txt_BTD, txt_shift, txt_scale)), txt_gate2)
         return img_BLD, txt_BTD
 
 
@@ -77,20 +95,26 @@ class SingleBlock(nn.Module):
 
         self.linear1 = Linear(arch.hidden, sum(self.widths))
         self.linear2 = Linear(arch.hidden + arch.mlp_hidden, arch.hidden)
-        self.q_norm = RMSNorm(arch.head_dim)
-        self.k_norm = RMSNorm(arch.head_dim)
+        self.q_norm = HeadNorm(arch.head_dim)
+        self.k_norm = HeadNorm(arch.head_dim)
         self.modulation = Modulation(arch.hidden, num_chunks=3)
 
     def forward(self, x_BMD: Tensor, vec_BD: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        shift, scale, gate = self.modulation(vec_BD)
-        qkv_BMX, mlp = torch.split(self.linear1(normalize(x_BMD, shift, scale)), self.widths, dim=-1)
-        q_BMNK, k_BMNK, v_BMNK = split_heads(qkv_BMX, self.heads)
-        q_BMNK = rotate_image_tokens(self.q_norm(q_BMNK), rope)
-        k_BMNK = rotate_image_tokens(self.k_norm(k_BMNK), rope)
+        q_BMNK, k_BMNK, v_BMNK, mlp_BMU, gate_B1D = self.before_attention(x_BMD, vec_BD, rope)
         attn_BMD = attend(q_BMNK, k_BMNK, v_BMNK)
-        out_BMD = self.linear2(torch.cat([attn_BMD, F.gelu(mlp, approximate="tanh")], dim=-1))
-        x_BMD = x_BMD + out_BMD * gate
-        return x_BMD
+        return self.after_attention(x_BMD, attn_BMD, mlp_BMU, gate_B1D)
+
+    def before_attention(
+        self, x_BMD: Tensor, vec_BD: Tensor, rope: Rope
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, M, N, K), the feed-forward half (B, M, U), and the gate."""
+        shift, scale, gate_B1D = self.modulation(vec_BD)
+        qkv_BMX, mlp_BMU = torch.split(self.linear1(normalize(x_BMD, shift, scale)), self.widths, dim=-1)
+        q_BMNK, k_BMNK, v_BMNK = split_heads(qkv_BMX, self.heads)
+        return self.q_norm(q_BMNK, rope), self.k_norm(k_BMNK, rope), v_BMNK, mlp_BMU, gate_B1D
+
+    def after_attention(self, x_BMD: Tensor, attn_BMD: Tensor, mlp_BMU: Tensor, gate_B1D: Tensor) -> Tensor:
+        return gated(x_BMD, self.linear2(joined(attn_BMD, mlp_BMU)), gate_B1D)
 
 
 def split_heads(qkv_BLX: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -91,7 +91,7 @@ class DiT(nn.Module):
         img_BLD: Tensor = self.img_in(latent_BCHW.to(self.dtype))
 
         num_image, num_text = img_BLD.shape[1], txt_BTD.shape[1]
-        rope = image_rope(height, width, self.arch.head_dim, img_BLD.device)
+        rope = image_rope(height, width, self.arch.head_dim, img_BLD.device, num_text)
         attend = bind_lengths(self.attention, [num_image + n for n in txt_lengths], num_image + num_text)
 
         for block in self.double_blocks:

@@ -2,6 +2,8 @@
 
 The original names are this project's own; one table tells the other two. Where diffusers splits a tensor (q,
 k, v) its parts are rows, in order, and its final adaLN has scale before shift. golden/keymap.json lists all.
+A fourth form, original names with split tensors, is what Tencent's code has in memory (`hyimage/models/hunyuan/
+modules/models.py`), and so what its fp8 files, which are loaded as they are, must hold.
 """
 
 from __future__ import annotations
@@ -86,6 +88,13 @@ _DIT_TABLE = (
     (_NAMES_IN_SINGLE_BLOCK, ("single_blocks.*.", "single_blocks.*.", "single_transformer_blocks.*.")),
 )
 _SWAPPED = "final_layer.adaLN_modulation.1."
+# What Tencent's code splits in the double and single blocks when it loads the original names
+_SPLIT = {
+    ".img_attn_qkv.": ".img_attn_{q,k,v}.",
+    ".txt_attn_qkv.": ".txt_attn_{q,k,v}.",
+    ".linear1.": ".linear1_{q,k,v,mlp}.",
+    ".linear2.": ".linear2.fc.",
+}
 
 _BLOCK_NUMBER = re.compile(r"(?<=blocks\.)\d+(?=\.)")
 
@@ -118,7 +127,7 @@ def dit_key_map(names: Collection[str]) -> dict[str, Source]:
     The layout and prefix that explain most of the names are taken. A name that the layout does not have is
     mapped to itself, so that it shows as left over; a part that a split tensor lacks is still listed.
     """
-    lookups = [_lookup(column) for column in range(len(_FORMATS))]
+    lookups = [_lookup(column) for column in range(len(_FORMATS))] + [_split_lookup()]
     lookup, prefix = max(
         ((lookup, prefix) for prefix in _DIT_PREFIXES for lookup in lookups),
         key=lambda choice: _num_explained(names, *choice),
@@ -181,6 +190,18 @@ def _lookup(column: int) -> dict[str, tuple[str, Source]]:
         parts = _expand_braces(source)
         swap = _FORMATS[column] == "diffusers" and original.startswith(_SWAPPED)
         lookup.update(dict.fromkeys(parts, (original, Source(parts, swap))))
+    return lookup
+
+
+def _split_lookup() -> dict[str, tuple[str, Source]]:
+    """The same for the original names with split tensors."""
+    lookup = {}
+    for original, *_ in _table_rows():
+        source = original
+        for whole, split in _SPLIT.items():
+            source = source.replace(whole, split)
+        parts = _expand_braces(source)
+        lookup.update(dict.fromkeys(parts, (original, Source(parts))))
     return lookup
 
 

@@ -1,25 +1,31 @@
 """The small layers that the DiT's blocks, text refiner and final layer are made of.
 
-Shapes: B batch, L tokens, D hidden, F sinusoidal features
+What runs over all tokens is written for few passes over memory and few temporaries. The compiler makes one pass
+of the plain form by itself, and is given that.
+
+Shapes: B batch, L tokens, D hidden, F sinusoidal features, K head size, P tokens of all samples, I input and
+O output features, U hidden of the feed-forward half
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyimg.model.architecture import DiTArch
+from hyimg.model.heads import NORM_EPS, normalize_heads
+from hyimg.model.rope import Rope
 
-# (input, base output) -> output, in the base output's dtype: what a LoRA is to the layer that it adapts
+# (input_PI, output_PO so far) -> output_PO, in that output's dtype: what a LoRA is to the layer that it adapts. The
+# output so far is the adapter's to overwrite
 Adapter = Callable[[Tensor, Tensor], Tensor]
 
 TIMESTEP_FEATURES = 256
-NORM_EPS = 1e-6
 
 
 class Linear(nn.Linear):
@@ -34,29 +40,35 @@ class Linear(nn.Linear):
         self.adapters: tuple[Adapter, ...] = ()
 
     def product(self, input: Tensor) -> Tensor:
-        """The base layer's output, without adapters."""
+        """The base layer's output (P, O) for (P, I), without adapters."""
         return F.linear(input, self.weight, self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        output = self.product(input)
+        # As a matrix, so that adapters can add to the output in place: to a view, autograd would copy it
+        input_PI = input.flatten(0, -2)
+        output_PO = self.product(input_PI)
         for adapter in self.adapters:
-            output = adapter(input, output)
-        return output
+            output_PO = adapter(input_PI, output_PO)
+        return output_PO.view(*input.shape[:-1], -1)
 
     if TYPE_CHECKING:  # torch's own says Any
 
         def __call__(self, input: Tensor) -> Tensor: ...
 
 
-class RMSNorm(nn.Module):
-    """Root mean square norm over the last dimension: float32 inside, back to the input's dtype."""
+class HeadNorm(nn.Module):
+    """RMS norm of each head of queries or keys, and its token's rotary position. See `normalize_heads`."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.ones(head_dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, NORM_EPS)
+    def forward(self, x_BLNK: Tensor, rope: Rope | None = None) -> Tensor:
+        return normalize_heads(x_BLNK, self.weight, rope)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x_BLNK: Tensor, rope: Rope | None = None) -> Tensor: ...
 
 
 class Modulation(nn.Module):
@@ -72,8 +84,71 @@ class Modulation(nn.Module):
 
 
 def normalize(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """Layer norm without weights, then scale and shift by the conditioning (adaLN)."""
-    return F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=NORM_EPS) * (1 + scale_B1D) + shift_B1D
+    """Layer norm without weights, then scale and shift by the conditioning (adaLN).
+
+    Scale and shift are the same for all tokens of a sample, and so can be the norm's own weights: one kernel,
+    which rounds once.
+    """
+    width = x_BLD.shape[-1:]
+    if torch.compiler.is_compiling():
+        return F.layer_norm(x_BLD, width, eps=NORM_EPS) * (1 + scale_B1D) + shift_B1D
+    samples = zip(x_BLD, (1 + scale_B1D)[:, 0], shift_B1D[:, 0], strict=True)
+    rows = [F.layer_norm(x_LD, width, weight_D, bias_D, NORM_EPS) for x_LD, weight_D, bias_D in samples]
+    return torch.stack(rows) if len(rows) > 1 else rows[0][None]
+
+
+def gated(x_BLD: Tensor, update_BLD: Tensor, gate_B1D: Tensor) -> Tensor:
+    """x + update * gate."""
+    if torch.compiler.is_compiling():
+        return x_BLD + update_BLD * gate_B1D
+    out_BLD: Tensor = _Gated.apply(x_BLD, update_BLD, gate_B1D)  # type: ignore[no-untyped-call]
+    return out_BLD
+
+
+class _Gated(torch.autograd.Function):
+    """One pass forward. torch's own `addcmul` makes a full-size product more in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(update, gate)
+        return torch.addcmul(x, update, gate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        update, gate = ctx.saved_tensors
+        needs_x, needs_update, needs_gate = ctx.needs_input_grad
+        return (
+            grad if needs_x else None,
+            grad * gate if needs_update else None,
+            (grad * update).sum(dim=1, keepdim=True) if needs_gate else None,
+        )
+
+
+def joined(attn_BLD: Tensor, mlp_BLU: Tensor) -> Tensor:
+    """A single block's attention beside its activated feed-forward half (tanh GELU): (B, L, D+U)."""
+    if torch.compiler.is_compiling():
+        return torch.cat([attn_BLD, F.gelu(mlp_BLU, approximate="tanh")], dim=-1)
+    out: Tensor = _Joined.apply(attn_BLD, mlp_BLU)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Joined(torch.autograd.Function):
+    """Writes the activation where it belongs, instead of copying it there."""
+
+    @staticmethod
+    def forward(ctx: Any, attn: Tensor, mlp: Tensor) -> Tensor:
+        ctx.save_for_backward(mlp)
+        out = attn.new_empty((*attn.shape[:-1], attn.shape[-1] + mlp.shape[-1]))
+        attn_part, mlp_part = torch.split(out, [attn.shape[-1], mlp.shape[-1]], dim=-1)
+        attn_part.copy_(attn)
+        torch.ops.aten.gelu.out(mlp, approximate="tanh", out=mlp_part)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (mlp,) = ctx.saved_tensors
+        attn_grad, mlp_grad = torch.split(grad, [grad.shape[-1] - mlp.shape[-1], mlp.shape[-1]], dim=-1)
+        return attn_grad, torch.ops.aten.gelu_backward(mlp_grad, mlp, approximate="tanh")
 
 
 class MLP(nn.Module):

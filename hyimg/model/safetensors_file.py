@@ -255,6 +255,11 @@ class Checkpoint:
             raw = raw.clone()
         return raw.view(dtype).view(info.shape).to(device)
 
+    def read_bytes(self, name: str) -> bytes:
+        """The bytes of one tensor as the file has them; no torch."""
+        header, info = self._header_of[name], self.tensors[name]
+        return bytes(_read_bytes(header.path, header.data_start + info.start, info.end - info.start))
+
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
             try:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from hyimg.model.architecture import DiTArch
 from hyimg.model.attention import Attend, AttentionBackend, bind_lengths
 from hyimg.model.blocks import split_heads
-from hyimg.model.layers import NORM_EPS, TimestepEmbedder
+from hyimg.model.heads import NORM_EPS
+from hyimg.model.layers import TimestepEmbedder, gated
 
 
 class TextProjection(nn.Module):
@@ -60,9 +61,8 @@ class RefinerBlock(nn.Module):
     def forward(self, x_BTD: Tensor, vec_BD: Tensor, attend: Attend) -> Tensor:
         gate1_B1D, gate2_B1D = self.adaLN_modulation(vec_BD)[:, None].chunk(2, dim=-1)
         attn_BTD = attend(*split_heads(self.self_attn_qkv(self.norm1(x_BTD)), self.heads))
-        x_BTD = x_BTD + self.self_attn_proj(attn_BTD) * gate1_B1D
-        x_BTD = x_BTD + self.mlp(self.norm2(x_BTD)) * gate2_B1D
-        return x_BTD
+        x_BTD = gated(x_BTD, self.self_attn_proj(attn_BTD), gate1_B1D)
+        return gated(x_BTD, self.mlp(self.norm2(x_BTD)), gate2_B1D)
 
 
 class TextRefiner(nn.Module):

@@ -8,6 +8,7 @@ Shapes: B batch, C channels, H W image, feature or latent size
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,14 @@ from torch import Tensor, nn
 
 from hyimg.errors import HyimgError
 from hyimg.model.architecture import NUM_GROUPS, SPATIAL_FACTOR, VAEArch
+from hyimg.model.vae_tiling import GroupNorm, Layer, modules_of, run_in_tiles
 
 # The latents that the DiT sees are the VAE's times this (official `config.json` of the VAE)
 SCALING_FACTOR = 0.75289
+
+# Levels that are run in tiles, from the image inwards: at 2048x2048 the others together take less than one
+# of them
+_TILED_LEVELS = 3
 
 # (r1 r2 c): where a 2x2 square of pixels goes among the channels
 _PIXELS_TO_CHANNELS = "b c (h r1) (w r2) -> b (r1 r2 c) h w"
@@ -59,6 +65,16 @@ class VAE(nn.Module):
             if isinstance(module, Conv3x3):
                 module.chunk_rows = chunk_rows
 
+    def set_tile_size(self, pixels: int | None) -> None:
+        """Runs the levels near the image in tiles of so many pixels a side (None: whole), for memory of a tile.
+
+        At least 128, a multiple of 8. For use without gradients. A picture that fits in a tile gives the same
+        bits as without; for a larger one see `hyimg.model.vae_tiling`: equal within rounding, several times
+        slower.
+        """
+        assert pixels is None or (pixels >= 128 and pixels % 8 == 0)
+        self.encoder.tile_size = self.decoder.tile_size = pixels
+
     def encode_moments(self, image_BCHW: Tensor) -> Tensor:
         """The encoder's own output: mean and log variance side by side, unscaled, (B, 2*C, H/32, W/32).
 
@@ -87,6 +103,7 @@ class Encoder(nn.Module):
 
     def __init__(self, arch: VAEArch) -> None:
         super().__init__()
+        self.tile_size: int | None = None
         widths = arch.channels
         self.conv_in = conv3x3(3, widths[0])
         self.down = nn.ModuleList()
@@ -99,11 +116,9 @@ class Encoder(nn.Module):
         self.conv_out = conv3x3(widths[-1], 2 * arch.latent_channels)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        x = self.conv_in(image_BCHW)
-        for level in self.down:
-            for layer in _layers(level):
-                x = layer(x)
-        x = self.mid(x)
+        levels = [_layers(level) for level in self.down]
+        levels[0].insert(0, self.conv_in)
+        x = self.mid(_run_levels(enumerate(levels), image_BCHW, self.tile_size))
         shortcut = reduce(x, "b (c r) h w -> b c h w", "mean", c=self.conv_out.out_channels)
         moments_BCHW: Tensor = self.conv_out(F.silu(self.norm_out(x))) + shortcut
         return moments_BCHW
@@ -114,6 +129,7 @@ class Decoder(nn.Module):
 
     def __init__(self, arch: VAEArch) -> None:
         super().__init__()
+        self.tile_size: int | None = None
         widths = arch.channels[::-1]
         self.conv_in = conv3x3(arch.latent_channels, widths[0])
         self.mid = MidBlock(widths[0])
@@ -128,12 +144,10 @@ class Decoder(nn.Module):
     def forward(self, latent_BCHW: Tensor) -> Tensor:
         repeats = self.conv_in.out_channels // self.conv_in.in_channels
         x = self.conv_in(latent_BCHW) + repeat(latent_BCHW, "b c h w -> b (c r) h w", r=repeats)
-        x = self.mid(x)
-        for level in self.up:
-            for layer in _layers(level):
-                x = layer(x)
-        image_BCHW: Tensor = self.conv_out(F.silu(self.norm_out(x)))
-        return image_BCHW
+        levels = [_layers(level) for level in self.up]
+        levels[-1] += [self.norm_out, F.silu, self.conv_out]
+        depths = reversed(range(len(levels)))
+        return _run_levels(zip(depths, levels, strict=True), self.mid(x), self.tile_size)
 
 
 class ResnetBlock(nn.Module):
@@ -244,11 +258,24 @@ def conv3x3(in_channels: int, out_channels: int) -> Conv3x3:
     return Conv3x3(in_channels, out_channels)
 
 
-def group_norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NUM_GROUPS, width, eps=1e-6)
+def group_norm(width: int) -> GroupNorm:
+    return GroupNorm(NUM_GROUPS, width, eps=1e-6)
 
 
-def _layers(level: nn.Module) -> list[nn.Module]:
+def _run_levels(levels: Iterable[tuple[int, Sequence[Layer]]], x: Tensor, tile_size: int | None) -> Tensor:
+    """Levels with their depths, one after another; at depth d a pixel is 2**d of the image's, and a tile has
+    `tile_size` of the image's pixels a side."""
+    for depth, layers in levels:
+        if tile_size is None or depth >= _TILED_LEVELS:
+            for layer in layers:
+                x = layer(x)
+        else:
+            reach = sum(isinstance(module, Conv3x3) for module in modules_of(layers))
+            x = run_in_tiles(layers, x, side=tile_size >> depth, margin=reach + reach % 2)
+    return x
+
+
+def _layers(level: nn.Module) -> list[Layer]:
     """The blocks of a level, then what leads to the next."""
     return [
         layer for part in level.children() for layer in (part if isinstance(part, nn.ModuleList) else [part])

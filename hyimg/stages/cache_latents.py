@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from hyimg.data.upkeep import kept_samples, prune_unused, survey, tell_damaged
 from hyimg.data.workspace import open_workspace
 from hyimg.memory.device import resolve_device, vae_dtype
 from hyimg.memory.launch import asks_for_launch, launch
+from hyimg.memory.out_of_memory import explained, vae_changes
 from hyimg.memory.processes import Processes
 from hyimg.model.loading import check_vae, load_vae
 from hyimg.report import Reporter, duration_text
@@ -45,7 +47,8 @@ def cache_latents(config: CacheLatentsConfig, report: Reporter) -> CacheSummary:
     plan = LatentPlan.of(tasks, survey(store, tasks, config.upkeep, report, processes))
     tell_damaged(plan.damaged, report)
     if plan.todo:
-        _encode(config, vae_path, device, plan, store, report, processes)
+        with explained(partial(vae_changes, config.vae, batch_size=config.caching.vae_batch_size)):
+            _encode(config, vae_path, device, plan, store, report, processes)
     else:
         report.note(f"latents: all {plan.num_done} are cached in {workspace.latents_dir}")
     num_pruned = 0
@@ -73,6 +76,7 @@ def _encode(
         dtype=dtype,
         mmap=not config.compute.disable_mmap_load_safetensors,
         chunk_rows=config.vae.vae_chunk_size,
+        tile_size=config.vae.vae_tile_size,
     )
     buckets = Counter(task.sample.bucket for task in plan.todo)
     listing = ", ".join(f"{width}x{height}: {count}" for (width, height), count in sorted(buckets.items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 
@@ -20,6 +21,7 @@ from hyimg.encoders.text import TextEncoders
 from hyimg.flow.prompts import load_prompts
 from hyimg.memory.device import resolve_device
 from hyimg.memory.launch import asks_for_launch, launch
+from hyimg.memory.out_of_memory import explained, text_encoder_changes
 from hyimg.memory.processes import Processes
 from hyimg.report import Reporter, count_text, duration_text
 
@@ -47,6 +49,7 @@ def cache_text(config: CacheTextConfig, report: Reporter) -> CacheSummary:
             files.byt5,
             files.tokenizer,
             device=device,
+            fp8=files.fp8_vl,
             batch_size=files.text_encoder_batch_size,
             mmap=not config.compute.disable_mmap_load_safetensors,
             memo=workspace.index,
@@ -58,7 +61,8 @@ def cache_text(config: CacheTextConfig, report: Reporter) -> CacheSummary:
     plan = TextPlan.of(tasks, survey(store, tasks, config.upkeep, report, processes))
     tell_damaged(plan.damaged, report)
     if plan.todo:
-        _encode(encoders, plan, store, report, processes)
+        with explained(partial(text_encoder_changes, files)):
+            _encode(encoders, plan, store, report, processes)
     else:
         report.note(f"text: all {plan.num_done} prompts are cached in {workspace.text_dir}")
     num_pruned = 0

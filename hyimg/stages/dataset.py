@@ -239,7 +239,11 @@ def _text_encoders(
     from hyimg.encoders.text import TextEncoders  # torch, in whose types the encoders' identity is told
 
     encoders = TextEncoders.open(
-        text_encoder, byt5, tokenizer or config.models.tokenizer, memo=workspace.index
+        text_encoder,
+        byt5,
+        tokenizer or config.models.tokenizer,
+        fp8=config.models.fp8_vl,
+        memo=workspace.index,
     )
     widths = _Widths(
         encoders.qwen.arch.hidden,

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from hyimg.flow.pictures import METADATA_KEY, decode_image, save_png
 from hyimg.flow.plan import RenderPlan, encode_states, free_memory, load_decoder, open_encoders, plan_renders
 from hyimg.flow.prompts import PromptSpec, load_prompts
 from hyimg.flow.renderer import PromptStates, attach_lora, prompts_to_encode
+from hyimg.memory.out_of_memory import explained, text_encoder_changes, vae_changes
 from hyimg.model.architecture import VAEArch
 from hyimg.model.loading import check_vae
 from hyimg.model.safetensors_file import Checkpoint
@@ -65,7 +67,8 @@ def infer(config: InferConfig, report: Reporter) -> list[Path]:
         plan = _plan(config, report)
         encoders = open_encoders(config.encoders, config.compute)
         targets = _targets(config, len(plan.specs))
-        states = encode_states(encoders, prompts_to_encode(plan.specs), report)
+        with explained(partial(text_encoder_changes, config.encoders)):
+            states = encode_states(encoders, prompts_to_encode(plan.specs), report)
         rendered = _render(plan, states, report)
         free_memory(plan.device)
     return _write(config, rendered, targets, report)
@@ -78,6 +81,7 @@ def _plan(config: InferConfig, report: Reporter) -> RenderPlan:
         _prompts(config),
         dit=config.dit.dit,
         sampling=config.sampling,
+        memory=config.memory,
         compute=config.compute,
         lora_weight=config.lora.lora_weight,
         lora_multiplier=config.lora.lora_multiplier,
@@ -101,14 +105,15 @@ def _prompts(config: InferConfig) -> list[PromptSpec]:
 
 def _render(plan: RenderPlan, states: Mapping[str, PromptStates], report: Reporter) -> list[Rendered]:
     """Every prompt with all LoRAs; the DiT is let go on return."""
-    renderer = plan.load_renderer(states)
-    for lora in plan.loras:
-        attach_lora(renderer.dit, lora.path, lora.multiplier, report)
-    rendered = []
-    with report.task("render", sum(spec.steps for spec in plan.specs), unit="step") as task:
-        for spec in plan.specs:
-            latent_BCHW = renderer.render(spec, lambda step, x, denoised: task.advance())
-            rendered.append(Rendered(latent_BCHW, plan.settings(spec, plan.loras)))
+    with explained(plan.changes_for_memory):
+        renderer = plan.load_renderer(states, report)
+        for lora in plan.loras:
+            attach_lora(renderer.dit, lora.path, lora.multiplier, report)
+        rendered = []
+        with report.task("render", sum(spec.steps for spec in plan.specs), unit="step") as task:
+            for spec in plan.specs:
+                latent_BCHW = renderer.render(spec, lambda step, x, denoised: task.advance())
+                rendered.append(Rendered(latent_BCHW, plan.settings(spec, plan.loras)))
     return rendered
 
 
@@ -171,8 +176,9 @@ def _write(
             written.append(target[LATENT])
     if PNG in suffixes:
         assert config.vae.vae is not None
-        vae = load_decoder(config.vae, config.compute)
-        with report.task("decode", len(rendered), unit="image") as task:
+        decoding = explained(partial(vae_changes, config.vae, picture="picture (`--image_size`)"))
+        with decoding, report.task("decode", len(rendered), unit="image") as task:
+            vae = load_decoder(config.vae, config.compute)
             for one, settings, target in zip(rendered, told, targets, strict=True):
                 save_png(decode_image(vae, one.latent_BCHW), target[PNG], settings)
                 written.append(target[PNG])

@@ -6,6 +6,7 @@ Rows are prompts, columns the base model and the LoRA files; a row has one seed,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -29,6 +30,7 @@ from hyimg.flow.plan import (
 )
 from hyimg.flow.prompts import RenderSpec, load_prompts
 from hyimg.flow.renderer import PromptStates, attach_lora, prompts_to_encode
+from hyimg.memory.out_of_memory import explained, text_encoder_changes, vae_changes
 from hyimg.model.loading import check_vae
 from hyimg.report import Reporter
 
@@ -63,6 +65,7 @@ def sample(config: SampleConfig, report: Reporter) -> Path:
         load_prompts(sheet.sample_prompts),
         dit=config.dit.dit,
         sampling=config.sampling,
+        memory=config.memory,
         compute=config.compute,
         lora_weight=sheet.lora_weight,
         lora_multiplier=sheet.lora_multiplier,
@@ -73,12 +76,14 @@ def sample(config: SampleConfig, report: Reporter) -> Path:
     require_writable_folder(sheet.output_dir)
     states = _states(config, prompts_to_encode(plan.specs), report)
 
-    latents = _render(plan, columns, states, report)
+    with explained(plan.changes_for_memory):
+        latents = _render(plan, columns, states, report)
     free_memory(plan.device)
 
-    vae = load_decoder(config.vae, config.compute)
     rows: list[list[Image.Image]] = []
-    with report.task("decode", len(plan.specs) * len(columns), unit="image") as task:
+    decoding = explained(partial(vae_changes, config.vae, picture="picture (`--image_size`)"))
+    with decoding, report.task("decode", len(plan.specs) * len(columns), unit="image") as task:
+        vae = load_decoder(config.vae, config.compute)
         for spec in plan.specs:
             rows.append([])
             for column in columns:
@@ -127,14 +132,15 @@ def _states(config: SampleConfig, prompts: list[str], report: Reporter) -> dict[
             "`hyimg sample` needs the prompts' embeddings",
             hint="give `--text_encoder` and `--byt5`, or `--cache_dir` after `hyimg cache-text --sample_prompts`",
         )
-    return encode_states(open_encoders(files, config.compute), prompts, report)
+    with explained(partial(text_encoder_changes, files)):
+        return encode_states(open_encoders(files, config.compute), prompts, report)
 
 
 def _render(
     plan: RenderPlan, columns: list[Column], states: dict[str, PromptStates], report: Reporter
 ) -> dict[tuple[int, str], Tensor]:
     """The latents by (index of the prompt, label of the column); the DiT is let go on return."""
-    renderer = plan.load_renderer(states)
+    renderer = plan.load_renderer(states, report)
     latents = {}
     with report.task("render", len(columns) * sum(spec.steps for spec in plan.specs), unit="step") as task:
         for column in columns:

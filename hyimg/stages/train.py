@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from hyimg.data.plan import latent_store_for_training, text_store_for_training
 from hyimg.data.training_data import BatchLoader, TrainingData
 from hyimg.data.workspace import Workspace
 from hyimg.lora.network import LoRANetwork
-from hyimg.memory.activations import enable_gradient_checkpointing
 from hyimg.memory.device import compute_dtype
+from hyimg.memory.out_of_memory import Place, explained, training_changes
+from hyimg.memory.swap_plan import max_blocks_to_swap
 from hyimg.model.dit import DiT
-from hyimg.model.loading import load_dit
+from hyimg.model.header_check import read_dit
+from hyimg.model.safetensors_file import Checkpoint
 from hyimg.report import Reporter, count_text, size_text
 from hyimg.training.loop import train_loop
 from hyimg.training.metadata import training_metadata
@@ -65,16 +68,9 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
     schedule = _schedule(prepared, workspace)
     _tell(prepared, workspace, schedule, report)
 
-    with folder.claim(config, overwrite=config.saving.overwrite):
-        assert config.dit.dit is not None
-        dit = load_dit(
-            config.dit.dit,
-            device=prepared.device,
-            dtype=compute_dtype(config.compute.mixed_precision),
-            mmap=not config.compute.disable_mmap_load_safetensors,
-        )
-        if config.training_memory.gradient_checkpointing:
-            enable_gradient_checkpointing(dit)
+    claimed = folder.claim(config, overwrite=config.saving.overwrite)
+    with claimed, explained(partial(_changes_for_memory, prepared)):
+        dit = _load_dit(prepared, report)
         network = _network(prepared, dit)
         optimizer = prepared.make_optimizer(
             network.parameter_groups(prepared.learning_rate), prepared.learning_rate
@@ -157,6 +153,9 @@ def _tell(prepared: Preparation, workspace: Workspace, schedule: Schedule, repor
         f"model: {arch.num_double}+{arch.num_single} blocks, hidden {arch.hidden}, "
         f"{config.compute.mixed_precision} on {prepared.device}"
     )
+    assert config.dit.dit is not None
+    dtype = compute_dtype(config.compute.mixed_precision)
+    report.note(prepared.dit_options.describe(config.dit.dit, prepared.device, dtype))
     report.note(
         f"network: {len(adapted)} of {len(prepared.plan)} modules, {parameters:,} parameters "
         f"({size_text(4 * parameters)} in float32), rank {config.network.network_dim}, "
@@ -169,6 +168,32 @@ def _tell(prepared: Preparation, workspace: Workspace, schedule: Schedule, repor
     report.note(
         f"run: {count_text(schedule.max_steps, 'step')} in {count_text(schedule.num_epochs, 'epoch')}, "
         f"seed {prepared.seed}"
+    )
+
+
+def _load_dit(prepared: Preparation, report: Reporter) -> DiT:
+    config = prepared.config
+    assert config.dit.dit is not None
+    return prepared.dit_options.load(
+        config.dit.dit,
+        prepared.device,
+        compute_dtype(config.compute.mixed_precision),
+        report,
+        mmap=not config.compute.disable_mmap_load_safetensors,
+    )
+
+
+def _changes_for_memory(prepared: Preparation, place: Place) -> list[str]:
+    """What to change where memory runs out."""
+    config = prepared.config
+    assert config.dit.dit is not None
+    return training_changes(
+        config.memory,
+        config.training_memory,
+        place,
+        most_blocks=max_blocks_to_swap(prepared.arch),
+        is_fp8_file=read_dit(Checkpoint.open(config.dit.dit)).quantization is not None,
+        on_cpu=prepared.device.type == "cpu",
     )
 
 

@@ -26,7 +26,8 @@ from hyimg.flow.weighting import idle_weighting
 from hyimg.lora.file import read_lora
 from hyimg.lora.network import LoRANetwork
 from hyimg.lora.plan import ModulePlan, NetworkArgs, plan_network
-from hyimg.memory.device import resolve_device
+from hyimg.memory.device import compute_dtype, resolve_device
+from hyimg.memory.dit import DiTOptions
 from hyimg.model.architecture import DiTArch
 from hyimg.model.keys import linear_modules
 from hyimg.model.loading import check_dit, check_vae
@@ -49,6 +50,7 @@ class Preparation:
     seed: int
     device: torch.device
     arch: DiTArch
+    dit_options: DiTOptions
     plan: tuple[ModulePlan, ...]
     start: Mapping[str, Tensor] | None
     loss: Loss
@@ -84,6 +86,8 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     device = resolve_device(config.compute.device)
     assert config.dit.dit is not None
     arch = check_dit(config.dit.dit)
+    dit_options = DiTOptions.of(config.memory, config.training_memory)
+    dit_options.check(config.dit.dit, device, compute_dtype(config.compute.mixed_precision))
     if config.vae.vae is not None:
         check_vae(config.vae.vae)
     _check_flow(config, arch, report)
@@ -107,6 +111,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
         seed=seed,
         device=device,
         arch=arch,
+        dit_options=dit_options,
         plan=plan,
         start=start,
         loss=_loss(plugins, config),
@@ -143,7 +148,7 @@ def open_encoders(config: TrainConfig, workspace: Workspace | None = None) -> Te
     if files.text_encoder is None or files.byt5 is None:
         return None
     memo = workspace.index if workspace is not None else None
-    return TextEncoders.open(files.text_encoder, files.byt5, files.tokenizer, memo=memo)
+    return TextEncoders.open(files.text_encoder, files.byt5, files.tokenizer, fp8=files.fp8_vl, memo=memo)
 
 
 def _check_flow(config: TrainConfig, arch: DiTArch, report: Reporter) -> None:

@@ -191,7 +191,7 @@ class OutOfMemoryError(RuntimeError):
         (MemoryError(), ["error: out of memory\n", "hint: "]),
         (
             OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has\nmore"),
-            ["error: out of memory: CUDA out of memory\n", "gradient_checkpointing"],
+            ["error: out of GPU memory: tried to allocate 9 GiB\n", "gradient_checkpointing"],
         ),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ["error: out of memory"]),
     ],
@@ -272,4 +272,4 @@ def test_help_lists_what_works_and_hides_what_does_not_yet(capsys):
     run(["train", "--help"])
     text = capsys.readouterr().out
     assert "--network_dim" in text
-    assert "--blocks_to_swap" not in text
+    assert "--huggingface_repo_id" not in text

@@ -81,7 +81,7 @@ def test_everything_wrong_is_said_at_once_with_the_nearest_name(run_file):
         ({"image_size": ["1000", "1024"]}, r"multiple of 32, got 1000 \(nearest: 992 or 1024\)"),
         ({"guidance_scale": "nan"}, "finite"),
         ({"seed": True}, "whole number"),
-        ({"blocks_to_swap": "9"}, "not available yet"),
+        ({"lycoris": True}, "not available yet"),
     ],
 )
 def test_values_out_of_bounds_are_refused(given, reason):
@@ -90,9 +90,9 @@ def test_values_out_of_bounds_are_refused(given, reason):
 
 
 def test_options_of_later_work_are_refused_with_the_reason_and_their_defaults_accepted():
-    make(commands.TrainConfig, {**TRAIN, "blocks_to_swap": 0, "huber_schedule": "exponential"})
-    with pytest.raises(HyimgError, match="`--fp8_scaled` is not available yet: leave it out; .{20,}"):
-        make(commands.TrainConfig, {**TRAIN, "fp8_scaled": True})
+    make(commands.TrainConfig, {**TRAIN, "huggingface_repo_id": None, "huber_schedule": "exponential"})
+    with pytest.raises(HyimgError, match="`--huggingface_repo_id` is not available yet: leave it out"):
+        make(commands.TrainConfig, {**TRAIN, "huggingface_repo_id": "me/cat"})
 
 
 @pytest.mark.parametrize(

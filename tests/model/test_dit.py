@@ -228,14 +228,6 @@ def test_adapters_see_input_and_output_and_stay_out_of_the_state_dict() -> None:
     assert len(list(layer.parameters())) == 2
 
 
-def test_an_unknown_attention_mode_is_refused_and_later_ones_say_so() -> None:
-    with pytest.raises(HyimgError, match="no attention mode `torsh`") as error:
-        DiT(DIT_TINY, attn_mode="torsh")
-    assert error.value.hint == "did you mean `torch`?"
-    with pytest.raises(HyimgError, match="`flash` comes in a later release"):
-        DiT(DIT_TINY, attn_mode="flash")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

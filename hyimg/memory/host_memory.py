@@ -1,0 +1,77 @@
+"""Host memory that streamed weights live in: page-locked where a GPU copies from it.
+
+Not torch's `pin_memory=True`: that allocator rounds every buffer up to a power of two, which at the size of a
+block wastes up to half of it. Here pages are taken from the system and registered with the driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Enough for every kernel's alignment, and for the widest dtype
+_ALIGNMENT = 512
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where a tensor stands in a buffer: `start` in bytes."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+    num_bytes: int
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """The tensor in a buffer (uint8) of this layout."""
+        return buffer[self.start : self.start + self.num_bytes].view(self.dtype).view(self.shape)
+
+
+class HostBuffer:
+    """Tensors of any dtypes in one piece of host memory, which is copied as a whole.
+
+    `locked` says whether its pages are locked, which `lock` asks for and the system may refuse.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, lock: bool) -> None:
+        """Copies the tensors in, one after another."""
+        self.fields: dict[str, Field] = {}
+        end = 0
+        for name, tensor in tensors.items():
+            self.fields[name] = Field(tensor.dtype, tensor.shape, end, tensor.nbytes)
+            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._pages = mmap.mmap(-1, max(end, 1))
+        self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8, count=end)
+        self.locked = lock and self._lock()
+        for name, tensor in tensors.items():
+            self.view(name).copy_(tensor)
+
+    def view(self, name: str) -> Tensor:
+        """The tensor in this buffer."""
+        return self.fields[name].view(self.bytes)
+
+    def _lock(self) -> bool:
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        address = self.bytes.data_ptr()
+        if int(runtime.cudaHostRegister(address, self.bytes.nbytes, 0)) != 0:
+            _forget_last_cuda_error()
+            return False
+        # Holds the pages, so that they are not given back while the driver has them
+        weakref.finalize(self, _unlock, address, self._pages)
+        return True
+
+
+def _unlock(address: int, pages: mmap.mmap) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+
+
+def _forget_last_cuda_error() -> None:
+    """The driver tells the refusal once more to the next launch, which has nothing to do with it."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
