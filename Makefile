@@ -19,7 +19,7 @@ help:
 	@echo "make check      formatting, lint, types, generated docs"
 	@echo "make fix        format, mend what lint can, regenerate docs"
 	@echo "make docs       regenerate the reference pages"
-	@echo "make bench      measure speed and memory (BENCH=--samples, BENCH=--text-encoder: those parts)"
+	@echo "make bench      measure speed and memory (BENCH=--help lists its parts, BENCH=loading measures one)"
 	@echo "make setup      only make $(VENV) with everything for development"
 
 # What each verb needs is installed once, and again when the project's requirements change

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.figures import Figure, Options, apart, median
-from benchmarks.models import FULL, NUM_TEXT, RANK, TOY_FULL, attach_lora, random_dit, training_step
+from benchmarks.models import FULL, NUM_TEXT, RANK, TOY_DEEP, attach_lora, random_dit, training_step
 from benchmarks.peaks import DevicePeak
 from benchmarks.streaming import block_bytes, block_operations
 from hyimg.model.architecture import SPATIAL_FACTOR, DiTArch
@@ -59,7 +59,10 @@ FORMS = (
     Form("bf16", (Mode("off"), Mode("on"), Mode("keep"), Mode("offload"), Mode("on", compile=True))),
     Form("fp8", (Mode("off"), Mode("on"), Mode("keep"), Mode("offload"), Mode("on", compile=True)), fp8=True),
     *(Form(f"bf16, {n} streamed", (Mode("on"), Mode("offload")), blocks_to_swap=n) for n in (9, 18, 32, 37)),
-    *(Form(f"fp8, {n} streamed", (Mode("on"),), fp8=True, blocks_to_swap=n) for n in (9, 37)),
+    *(
+        Form(f"fp8, {n} streamed", (Mode("on"), Mode("on", compile=True)), fp8=True, blocks_to_swap=n)
+        for n in (9, 37)
+    ),
     Form("guide, 40 GB: bf16", (Mode("on"),), cap_gb=40),
     Form("guide, 24 GB: fp8, 9 streamed", (Mode("on"), Mode("offload")), True, 9, 24),
     Form("guide, 12 GB: fp8, 32 streamed", (Mode("on"), Mode("offload")), True, 32, 12),
@@ -114,9 +117,10 @@ def _figure(form: Form, result: dict[str, Any], limits: Limits) -> Figure:
     if result["streamed_bytes"]:
         beside += f"; streams {streamed / 1e9:.1f} GB/s, {streamed / limits.to_device:.0%} of the link"
     values = {
-        **vars(form),
         **result,
-        "modes": None,
+        "fp8": form.fp8,
+        "blocks_to_swap": form.blocks_to_swap,
+        "cap_gb": form.cap_gb,
         "floor_seconds": times[bound],
         "floor_of": bound,
         "of_matrix_peak": achieved / limits.operations,
@@ -131,14 +135,14 @@ def run(form: Form, options: Options) -> list[dict[str, Any]]:
 
     from hyimg.memory.out_of_memory import out_of_memory_place
 
-    arch = TOY_FULL if options.toy else FULL
+    arch = TOY_DEEP if options.toy else FULL
     is_cuda = options.device.startswith("cuda")
     if form.cap_gb is not None and is_cuda:
         _cap_memory(form.cap_gb, options.device)
     dit, swap = build(form, arch, options.device)
     network = attach_lora(dit)
     results = []
-    for mode in form.modes if not options.toy else form.modes[:2]:
+    for mode in [mode for mode in form.modes if not (options.toy and mode.compile)]:
         _install(mode, dit, swap)
         for size in (64,) if options.toy else SIZES:
             asked: dict[str, Any] = {"size": size, "mode": mode.name, "checkpointing": mode.checkpointing}
@@ -161,9 +165,9 @@ def build(form: Form, arch: DiTArch, device: str) -> tuple[DiT, BlockSwap | None
 
     from hyimg.memory.placement import DiTPlacement
     from hyimg.memory.swap import BlockSwap
-    from hyimg.memory.swap_plan import SwapPlan
+    from hyimg.memory.swap_plan import SwapPlan, max_blocks_to_swap
 
-    plan = SwapPlan.for_arch(arch, form.blocks_to_swap)
+    plan = SwapPlan.for_arch(arch, min(form.blocks_to_swap, max_blocks_to_swap(arch)))
     target = torch.device(device)
     dit = random_dit(arch, DiTPlacement(target, torch.bfloat16, plan=plan, fp8=form.fp8))
     return dit, BlockSwap(dit, plan, target, checkpointing=True) if plan.units else None

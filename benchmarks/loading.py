@@ -63,23 +63,23 @@ def write_checkpoint(path: Path, toy: bool) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from benchmarks.models import TOY_FULL, TWO_GB, random_dit
+    from benchmarks.models import TOY_DEEP, TWO_GB, random_dit
     from hyimg.model.loading import Placement
 
-    save_file(random_dit(TOY_FULL if toy else TWO_GB, Placement("cpu", torch.bfloat16)).state_dict(), path)
+    save_file(random_dit(TOY_DEEP if toy else TWO_GB, Placement("cpu", torch.bfloat16)).state_dict(), path)
 
 
 def load(path: Path, way: Way, device: str, toy: bool) -> dict[str, float]:
     """Seconds, and bytes of memory."""
     import torch
 
-    from benchmarks.models import TOY_FULL, TWO_GB
+    from benchmarks.models import TOY_DEEP, TWO_GB
     from hyimg.memory.dit import DiTOptions
     from hyimg.memory.swap_plan import max_blocks_to_swap
     from hyimg.model.dit import DiT
     from hyimg.report import SilentReporter
 
-    arch = TOY_FULL if toy else TWO_GB
+    arch = TOY_DEEP if toy else TWO_GB
     swapped = max_blocks_to_swap(arch) if way.blocks_to_swap < 0 else way.blocks_to_swap
     options = DiTOptions(fp8_scaled=way.fp8, blocks_to_swap=swapped)
     if device.startswith("cuda"):

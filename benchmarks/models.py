@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hyimg.model.architecture import DIT_2_1, DIT_TINY, DIT_TINY_FULL, DiTArch
+from hyimg.model.architecture import DIT_2_1, DIT_TINY, DiTArch
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,8 @@ MID = replace(
 # A billion parameters: 2 GB in bf16
 TWO_GB = replace(MID, hidden=1536, heads=12, num_double=6, num_single=14, mlp_hidden=6144)
 TOY = DIT_TINY
-TOY_FULL = DIT_TINY_FULL
+# Deep enough for a few streamed blocks
+TOY_DEEP = replace(DIT_TINY, num_double=4, num_single=8)
 
 RANK = 16
 NUM_TEXT = 128

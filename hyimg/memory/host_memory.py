@@ -46,6 +46,8 @@ class HostBuffer:
         for name, tensor in tensors.items():
             self.fields[name] = Field(tensor.dtype, tensor.shape, end, tensor.nbytes)
             end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        # Shared pages, which is Python's default: of private ones that a driver has locked, Linux makes a copy
+        # for every process that is forked (data loader workers), all of them at once
         self._pages = mmap.mmap(-1, max(end, 1))
         self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8, count=end)
         self.locked = lock and self._lock()

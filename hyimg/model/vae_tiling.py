@@ -122,14 +122,14 @@ def _spans(length: int, side: int, margin: int) -> list[tuple[slice, slice]]:
 def _assemble(layers: Sequence[Layer], x_BCHW: Tensor, tiles: Sequence[Tile]) -> Tensor:
     whole_BCHW: Tensor | None = None
     for tile in tiles:
-        input_BCHW = tile.of(x_BCHW)
-        result_BCHW = run(layers, input_BCHW)
-        scale = result_BCHW.shape[-1] / input_BCHW.shape[-1]
+        result_BCHW = run(layers, tile.of(x_BCHW))
+        scale = result_BCHW.shape[-1] / (tile.columns.stop - tile.columns.start)
         if whole_BCHW is None:
             size = [round(length * scale) for length in x_BCHW.shape[-2:]]
             whole_BCHW = result_BCHW.new_empty(*result_BCHW.shape[:2], *size)
         place = (..., _scaled(tile.core_rows, scale), _scaled(tile.core_columns, scale))
         whole_BCHW[place] = tile.core_of(result_BCHW, scale)
+        del result_BCHW  # before the next tile needs its memory
     assert whole_BCHW is not None
     return whole_BCHW
 
@@ -148,25 +148,37 @@ def _measure(norm: GroupNorm, layers: Sequence[Layer], x_BCHW: Tensor, tiles: Se
     def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         raise _Reached(arguments[0])
 
-    parts: list[tuple[int, Tensor, Tensor]] = []
     handle = norm.register_forward_pre_hook(stop)
     try:
-        for tile in tiles:
-            try:
-                run(layers, tile.of(x_BCHW))
-            except _Reached as reached:
-                core_BCHW = tile.core_of(reached.args[0]).float()
-            values_BGN = core_BCHW.reshape(len(core_BCHW), norm.num_groups, -1)
-            variance_BG, mean_BG = torch.var_mean(values_BGN, dim=-1, correction=0)
-            parts.append((values_BGN.shape[-1], mean_BG, variance_BG))
+        return _pooled([_part(norm, layers, x_BCHW, tile) for tile in tiles])
     finally:
         handle.remove()
-    return _pooled(parts)
 
 
-def _pooled(parts: Sequence[tuple[int, Tensor, Tensor]]) -> Statistics:
-    """Statistics of the whole from (number of values, mean, variance) of its parts."""
-    total = sum(count for count, _, _ in parts)
-    mean_BG = torch.stack([mean * (count / total) for count, mean, _ in parts]).sum(dim=0)
-    moments = [(variance + (mean - mean_BG) ** 2) * (count / total) for count, mean, variance in parts]
-    return Statistics(mean_BG, torch.stack(moments).sum(dim=0))
+class _Part(NamedTuple):
+    """The statistics of a tile's core, and the number of values that each is of."""
+
+    count: int
+    mean_BG: Tensor
+    variance_BG: Tensor
+
+
+def _part(norm: GroupNorm, layers: Sequence[Layer], x_BCHW: Tensor, tile: Tile) -> _Part:
+    try:
+        run(layers, tile.of(x_BCHW))
+    except _Reached as reached:
+        core_BCHW = tile.core_of(reached.args[0])
+    values_BGN = core_BCHW.reshape(len(core_BCHW), norm.num_groups, -1).float()
+    variance_BG, mean_BG = torch.var_mean(values_BGN, dim=-1, correction=0)
+    return _Part(values_BGN.shape[-1], mean_BG, variance_BG)
+
+
+def _pooled(parts: Sequence[_Part]) -> Statistics:
+    """Statistics of the whole from those of its parts."""
+    total = sum(part.count for part in parts)
+    weights = [part.count / total for part in parts]
+    mean_BG = torch.stack([part.mean_BG * w for part, w in zip(parts, weights, strict=True)]).sum(dim=0)
+    squares = [part.variance_BG + (part.mean_BG - mean_BG) ** 2 for part in parts]
+    return Statistics(
+        mean_BG, torch.stack([square * w for square, w in zip(squares, weights, strict=True)]).sum(dim=0)
+    )
