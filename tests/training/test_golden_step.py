@@ -25,7 +25,7 @@ from hyimg.plugins import load_plugins
 from hyimg.training.loop import train_step
 from hyimg.training.objective import NoisedBatch, Objective
 from hyimg.training.optimizers import resolve_optimizer
-from hyimg.training.run import Epoch, Step
+from hyimg.training.steps import Epoch, Step
 
 
 def part(tensors, prefix):
