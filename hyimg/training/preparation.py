@@ -164,7 +164,7 @@ def _resumed(config: TrainConfig, folder: RunFolder, report: Reporter) -> Resume
         if saving.resume_force:
             report.warning("`--resume_force` has no effect without `--resume`")
         return None
-    saved = find_state(saving.resume, folder, report)
+    saved = find_state(saving.resume, folder, report, overwrite=saving.overwrite)
     return Resumed(saved, saving.resume_force, report) if saved is not None else None
 
 

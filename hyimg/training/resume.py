@@ -110,14 +110,23 @@ class Resumed:
             ) from error
 
 
-def find_state(given: str, folder: RunFolder, report: Reporter) -> SavedState | None:
+def find_state(
+    given: str, folder: RunFolder, report: Reporter, *, overwrite: bool = False
+) -> SavedState | None:
     """The state that `--resume` names: a folder, or the newest whole one of the run in `folder`.
 
-    None where `latest` is asked for and the run has left nothing at all, so that one command line starts a
-    run and restarts it. Raises HyimgError where a named state is not whole, or `latest` finds none that is.
+    None where `latest` is asked for and the run has left nothing, or nothing that is not to be overwritten:
+    so one command line starts a run and restarts it. Raises HyimgError where a named state is not whole or
+    would be overwritten, or `latest` finds none.
     """
     if given != LATEST:
-        return read_state(Path(given))
+        state = read_state(Path(given))
+        if overwrite and folder.holds(state.path):
+            raise HyimgError(
+                f"`--overwrite` would replace the run that `{given}` belongs to",
+                hint="leave `--overwrite` out to go on in it, or choose another `--output_name`",
+            )
+        return state
     states = folder.states()
     found: list[SavedState] = []
     for path in states:
@@ -132,7 +141,7 @@ def find_state(given: str, folder: RunFolder, report: Reporter) -> SavedState | 
             return read_state(state.path)
         except DamagedStateError as error:
             report.warning(f"left out: {error.message}")
-    if folder.saved_files():
+    if folder.saved_files() and not overwrite:
         raise HyimgError(
             f"there is no whole state of `{folder.name}` in `{folder.directory}`",
             hint="give `--resume` the folder of a state, or start anew with `--overwrite`",

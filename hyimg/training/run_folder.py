@@ -109,6 +109,10 @@ class RunFolder:
             if own.fullmatch(p.name)
         ]
 
+    def holds(self, state: Path | None) -> bool:
+        """Whether a state is one of this run's."""
+        return state is not None and any(state.samefile(own) for own in self.states())
+
     def check(self, *, overwrite: bool, resumed: Path | None = None) -> None:
         """Finds out before any long work whether this run may be written here; leaves nothing behind.
 
@@ -117,14 +121,8 @@ class RunFolder:
         """
         check_plain_name(self.name, "--output_name")
         require_writable_folder(self.directory)
-        goes_on = resumed is not None and any(resumed.samefile(state) for state in self.states())
-        if goes_on and overwrite:
-            raise HyimgError(
-                f"`--overwrite` would replace the run that `{resumed}` belongs to",
-                hint="leave `--overwrite` out to go on in it, or choose another `--output_name`",
-            )
         used = self.saved_files()
-        if used and not (overwrite or goes_on):
+        if used and not (overwrite or self.holds(resumed)):
             way_out = "" if resumed is not None else ", or `--resume latest` to go on with it"
             raise HyimgError(
                 f"`{self.directory}` holds a run named `{self.name}` already (`{used[0].name}`)",
@@ -142,27 +140,28 @@ class RunFolder:
         self.directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.directory / f".{self.name}.lock")
         try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise HyimgError(
-                f"another process is training `{self.name}` in `{self.directory}`",
-                hint="wait for it, or choose another `--output_name`",
-            ) from error
-        try:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise HyimgError(
+                    f"another process is training `{self.name}` in `{self.directory}`",
+                    hint="wait for it, or choose another `--output_name`",
+                ) from error
             self._remove_temporaries()
             self._put_back()  # of a run that was killed before its first save
             self.check(overwrite=overwrite, resumed=resumed)
-            if overwrite or not self.saved_files():
+            if not self.holds(resumed):
                 for path in self.used_files():
                     self._move(path, self._aside / path.relative_to(self.directory))
             self.write_config(config)
             yield
         finally:
-            self._put_back()
-            # unlinked while it is held, so that nobody can hold the old file and another the new one
-            with suppress(OSError):
-                Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
+            if lock.is_locked:
+                self._put_back()
+                # unlinked while it is held, so that nobody can hold the old file and another the new one
+                with suppress(OSError):
+                    Path(lock.lock_file).unlink(missing_ok=True)
+                lock.release()
 
     @property
     def _aside(self) -> Path:

@@ -147,6 +147,17 @@ def test_where_no_state_is_whole_nothing_is_started_over(train, stopped):
         go_on(train, stopped)
 
 
+def test_latest_overwrites_only_what_cannot_go_on(train, stopped):
+    run = go_on(train, stopped, overwrite=True)
+    assert run.resumed.saved.path.name == "lora-step00000004-state"
+    assert "lora-step00000002-state" in states(stopped)
+    for state in stopped.glob("*-state"):
+        (state / "manifest.json").unlink()
+    run = go_on(train, stopped, overwrite=True, max_train_steps=2)
+    assert run.resumed is None
+    assert states(stopped) == ["lora-step00000002-state"]
+
+
 def test_latest_starts_a_run_that_has_left_nothing(train, tmp_path, report):
     run = go_on(train, tmp_path / "fresh", max_train_steps=1)
     assert (run.step, run.resumed) == (1, None)
@@ -238,7 +249,7 @@ def test_a_used_name_is_free_for_its_own_states_only(train, stopped, tmp_path):
         train(**WITH_STATES, resume=state, output_dir=tmp_path / "used")
     assert "latest" not in caught.value.hint
     with pytest.raises(HyimgError, match="`--overwrite` would replace the run"):
-        go_on(train, stopped, overwrite=True)
+        go_on(train, stopped, resume=state, overwrite=True)
     assert train(**WITH_STATES, resume=state, output_dir=tmp_path / "used", overwrite=True).step == STEPS
 
 
