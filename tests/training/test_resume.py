@@ -9,8 +9,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hyimg.errors import HyimgError, RunError
+from hyimg.model.safetensors_file import read_header
 from hyimg.report import SilentReporter
 from hyimg.training.resume import Stateful
 from hyimg.training.state_folder import read_state
@@ -227,6 +229,19 @@ def test_a_run_that_lacks_only_its_final_file_gets_it(train, stopped):
     (stopped / "lora.safetensors").unlink()
     assert go_on(train, stopped, max_train_steps=4).step == 4
     assert (stopped / "lora.safetensors").is_file()
+
+
+def test_a_trackers_curve_and_the_time_of_the_start_go_on(train, stopped):
+    folder = stopped.parent / "logged"
+    options = WITH_STATES | {"output_dir": folder, "log_with": "tensorboard", "save_every_n_steps": 2}
+    first = train(**options | {"max_train_steps": 5})
+    run = train(**options, resume=str(folder / "lora-step00000002-state"))
+    assert run.log_name == first.log_name
+    (events,) = {path.parent for path in (folder / "logs").rglob("events.out.tfevents.*")}
+    curve = EventAccumulator(str(events)).Reload().Scalars("loss")
+    assert [event.step for event in curve] == list(range(1, STEPS + 1))
+    started = [read_header(run.saved[0]).metadata["ss_training_started_at"] for run in (first, run)]
+    assert started[0] == started[1]
 
 
 def test_a_drawn_seed_goes_on(train, tmp_path):

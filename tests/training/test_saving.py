@@ -8,6 +8,7 @@ import signal
 import threading
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from hyimg.errors import RunError, StoppedError, Terminated
@@ -226,6 +227,37 @@ def test_a_loss_that_is_not_finite_names_image_timestep_and_module(train, spy, d
     assert ".png` at timestep " in message
     assert message.endswith("and the gradient of `double_blocks.0.img_mod.linear` first")
     assert "lora-step00000002.safetensors` is from before" in caught.value.hint
+
+
+def test_a_gradient_that_is_not_finite_names_the_module_that_it_begins_in(train, spy):
+    def break_one(run):
+        lora = dict(run.network.named_modules())["lora_unet_single_blocks_1_linear2"]
+        lora.lora_up.weight.register_hook(lambda gradient: gradient * float("inf"))
+
+    spy.on_start = break_one
+    with pytest.raises(RunError) as caught:
+        train()
+    assert caught.value.message.startswith("the gradient is not finite at step 1: `")
+    assert caught.value.message.endswith("and the gradient of `single_blocks.1.linear2` first")
+
+
+def test_of_many_images_those_are_named_whose_loss_is_not_finite(train, spy):
+    def loss(prediction, target, context):
+        loss_B = (prediction - target).square().mean((1, 2, 3))
+        return torch.cat([loss_B[:2], loss_B[2:] * float("nan")])
+
+    spy.losses["last two"] = loss
+    with pytest.raises(RunError) as caught:
+        train(train_batch_size=4, loss_type="last two")
+    assert caught.value.message.count(".png` at timestep ") == 2
+
+
+def test_of_many_images_a_few_are_named_where_all_are_to_blame(train, spy, make_dataset):
+    spy.on_start = lambda run: run.parameters[0].register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(RunError) as caught:
+        train(dataset_config=make_dataset("batch_size = 3"), gradient_accumulation_steps=2)
+    assert caught.value.message.count(".png` at timestep ") == 4
+    assert " more, " not in caught.value.message
 
 
 def test_a_step_that_is_not_finite_can_be_left_out(train, spy, report):
