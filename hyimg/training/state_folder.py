@@ -97,7 +97,7 @@ def write_state(
 def read_state(path: Path, *, verify: bool = True) -> SavedState:
     """Reads a state and compares every file of it with the manifest; tensors are read when they are asked for.
 
-    Without `verify` only the document is read, for a look at what there is.
+    Without `verify` only the document is, for a look at what there is.
 
     Raises DamagedStateError where the folder is not a whole state, with the reason.
     """
@@ -106,8 +106,8 @@ def read_state(path: Path, *, verify: bool = True) -> SavedState:
         number, entries = manifest["format"], manifest["files"]
         files = {name: path / Path(entry["file"]).name for name, entry in entries.items()}
         if number == FORMAT:
-            for name, file in files.items() if verify else ():
-                _compare(file, entries[name]["bytes"], entries[name]["sha256"])
+            for name in files if verify else (_STATE,):
+                _compare(files[name], entries[name]["bytes"], entries[name]["sha256"])
             document = json.loads(files[_STATE].read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         if not path.is_dir():
@@ -115,8 +115,8 @@ def read_state(path: Path, *, verify: bool = True) -> SavedState:
                 f"there is no state `{path}`", hint="give its folder, or `latest`"
             ) from error
         lacks = Path(str(error.filename)).name
-        unfinished = " (the run ended while it was saved)" if lacks == MANIFEST else ""
-        raise DamagedStateError(f"`{path}` is no whole state: `{lacks}` is missing{unfinished}") from error
+        why = " (the run ended while it was saved, or another program made it)" if lacks == MANIFEST else ""
+        raise DamagedStateError(f"`{path}` is no whole state: `{lacks}` is missing{why}") from error
     except OSError as error:
         raise DamagedStateError(f"`{path}` cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -151,7 +151,11 @@ def _compare(file: Path, num_bytes: int, sha256: str) -> None:
         raise DamagedStateError(
             f"`{file.parent}` is no whole state: `{file.name}` has {size} bytes and should have {num_bytes}"
         )
-    if file_identity(file) != sha256:
+    try:
+        found = file_identity(file)
+    except HyimgError as error:
+        raise DamagedStateError(f"`{file.parent}` is no whole state: {error.message}") from error
+    if found != sha256:
         raise DamagedStateError(
             f"`{file.parent}` is no whole state: `{file.name}` is damaged (its sha256 is another)"
         )

@@ -35,6 +35,7 @@ from hyimg.hookspecs import hookimpl
 folder, at = json.loads(Path(__file__).with_name("moment.json").read_text())
 count = 0
 started = False
+marks = {}
 
 
 def happens():
@@ -61,13 +62,15 @@ def hyimg_run_start(run):
 
 
 @hookimpl
-def hyimg_step_end(run):
+def hyimg_step_end(run, step):
     happens()
+    marks[step] = count
 
 
 @hookimpl
 def hyimg_run_end(run):
-    Path(__file__).with_name("count.json").write_text(str(count))
+    marks["end"] = count
+    Path(__file__).with_name("marks.json").write_text(json.dumps(marks))
 """
 STEPS = 9  # an epoch is four
 
@@ -140,10 +143,16 @@ def assert_same_end(folder, expected):
 
 
 @pytest.fixture
+def marks(tmp_path):
+    """The counts, after a run that nobody killed, at the end of each step ("1" and so on) and at the end."""
+    return lambda: json.loads((tmp_path / "marks.json").read_text())
+
+
+@pytest.fixture
 def undisturbed(killed_at, tmp_path):
-    """(folder of a run that nobody kills, how many moments it has)."""
+    """The folder of a run that nobody kills."""
     assert killed_at(tmp_path / "whole", 0) == 0
-    return tmp_path / "whole", int((tmp_path / "count.json").read_text())
+    return tmp_path / "whole"
 
 
 def go_on_until_done(killed_at, folder, moments, *extra):
@@ -157,47 +166,42 @@ def go_on_until_done(killed_at, folder, moments, *extra):
     return killed
 
 
-def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bits(killed_at, undisturbed, tmp_path):
-    whole, num_moments = undisturbed
-    draw = random.Random(1)
-    for number, first in enumerate((num_moments // 8, num_moments // 3, num_moments // 2)):
+def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bits(killed_at, undisturbed, marks, tmp_path):
+    end, draw = marks()["end"], random.Random(1)
+    for number, first in enumerate((end // 8, end // 3, end // 2)):
         folder = tmp_path / f"killed{number}"
-        moments = [first, draw.randrange(1, num_moments // 3)]
-        assert go_on_until_done(killed_at, folder, moments) == 2
-        assert_same_end(folder, whole)
+        assert go_on_until_done(killed_at, folder, [first, draw.randrange(1, end // 3)]) == 2
+        assert_same_end(folder, undisturbed)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "Adafactor"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_hundred_kills(killed_at, tmp_path, capsys, optimizer, precision):
+def test_many_kills(killed_at, marks, tmp_path, capsys, optimizer, precision):
     extra = ["--optimizer_type", optimizer, "--mixed_precision", precision]
     extra += ["--optimizer_args", "min_8bit_size=64"] if optimizer == "AdamW8bit" else []
     assert killed_at(tmp_path / "whole", 0, *extra) == 0
-    num_moments = int((tmp_path / "count.json").read_text())
-    draw, killed, runs = random.Random(optimizer + precision), 0, 0
-    while killed < 100:
+    end, draw, killed, runs = marks()["end"], random.Random(optimizer + precision), 0, 0
+    while killed < 20:
         folder = tmp_path / f"killed{runs}"
-        moments = [draw.randint(1, num_moments) for _ in range(draw.randint(1, 5))]
+        moments = [draw.randint(1, end) for _ in range(draw.randint(1, 5))]
         killed += go_on_until_done(killed_at, folder, moments, *extra)
         assert_same_end(folder, tmp_path / "whole")
         runs += 1
     with capsys.disabled():
-        print(
-            f"\n{optimizer}, {precision}: {killed} kills in {runs} runs of {num_moments} moments, all exact"
-        )
+        print(f"\n{optimizer}, {precision}: killed {killed} times in {runs} runs, all exact")
 
 
 @pytest.mark.long
-def test_a_kill_at_every_moment_of_a_save(killed_at, undisturbed, tmp_path, capsys):
-    whole, num_moments = undisturbed
-    every = range(1, num_moments + 1)
-    for moment in every:
+def test_a_kill_at_every_moment_between_two_steps(killed_at, undisturbed, marks, tmp_path, capsys):
+    # after step 8 LoRA and state are saved by step and by epoch, and older ones are removed
+    moments = range(marks()["8"], marks()["9"] + 1)
+    for moment in moments:
         folder = tmp_path / f"killed{moment}"
         assert go_on_until_done(killed_at, folder, [moment]) == 1
-        assert_same_end(folder, whole)
+        assert_same_end(folder, undisturbed)
     with capsys.disabled():
-        print(f"\nkilled at each of {num_moments} moments, all exact")
+        print(f"\nkilled at each of {len(moments)} moments of a save, all exact")
 
 
 # ---- asked to stop
