@@ -35,7 +35,6 @@ class OneParameter:
                 self.loss(torch.tensor(batch.numbers)),
                 torch.tensor(batch.numbers),
             ),
-            accelerator=SimpleNamespace(backward=lambda loss: loss.backward()),
             config=SimpleNamespace(optimizer=Optimizer(max_grad_norm=max_grad_norm)),
             optimizer=torch.optim.SGD([self.parameter], lr=1.0),
             parameters=[self.parameter],
