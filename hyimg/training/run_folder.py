@@ -25,6 +25,7 @@ from hyimg.cache.atomic import (
     TEMPORARY_SUFFIX,
     atomic_write_text,
     require_writable_folder,
+    temporary_name,
     temporary_of,
 )
 from hyimg.config.load import flatten
@@ -38,6 +39,9 @@ COMFY_FOLDER = "comfy"
 # Options that say how a command was given, not what the run is
 _NOT_REPEATED = ("config", "output_config", "overwrite", "resume", "resume_force")
 
+
+# In the folder of files that are set aside, once all of them are
+_ALL_ASIDE = "all"
 
 _ENDINGS = r"(\.(safetensors|metrics\.jsonl|run\.toml)|-state)"
 
@@ -151,8 +155,7 @@ class RunFolder:
             self._put_back()  # of a run that was killed before its first save
             self.check(overwrite=overwrite, resumed=resumed)
             if not self.holds(resumed):
-                for path in self.used_files():
-                    self._move(path, self._aside / path.relative_to(self.directory))
+                self._set_aside()
             self.write_config(config)
             yield
         finally:
@@ -167,13 +170,35 @@ class RunFolder:
     def _aside(self) -> Path:
         return self.directory / f".{self.name}.replaced"
 
-    def _put_back(self) -> None:
-        """Restores files that are set aside, unless the run that replaces them has saved a LoRA."""
+    def _set_aside(self) -> None:
+        """Moves an earlier run's files away; the mark says that all of them are, and comes last."""
+        for path in self.used_files():
+            self._move(path, self._aside / path.relative_to(self.directory))
         if self._aside.is_dir():
-            has_saved = bool(self.saved_files())
-            for path in [p for p in self._aside.rglob("*") if p.is_file() and not has_saved]:
-                self._move(path, self.directory / path.relative_to(self._aside))
-            shutil.rmtree(self._aside)
+            (self._aside / _ALL_ASIDE).touch()
+
+    def _put_back(self) -> None:
+        """Restores files that are set aside, unless the run that replaces them has saved a LoRA.
+
+        Without the mark a run was killed while it moved them, in either direction: what lies in the folder is
+        then the earlier run's too.
+        """
+        if not self._aside.is_dir():
+            return
+        mark = self._aside / _ALL_ASIDE
+        if mark.exists() and self.saved_files():
+            self._discard_aside()
+            return
+        mark.unlink(missing_ok=True)
+        for path in [path for path in self._aside.rglob("*") if path.is_file()]:
+            self._move(path, self.directory / path.relative_to(self._aside))
+        shutil.rmtree(self._aside)
+
+    def _discard_aside(self) -> None:
+        """Removes what is set aside; a kill on the way leaves nothing that could be put back."""
+        with suppress(FileNotFoundError):
+            going = self._aside.rename(self.directory / temporary_name(self._aside.name[1:]))
+            shutil.rmtree(going, ignore_errors=True)
 
     def _remove_temporaries(self) -> None:
         """Removes what a run of this name that was killed while it saved has left half written."""
@@ -181,7 +206,7 @@ class RunFolder:
         for folder in (self.directory, self.directory / COMFY_FOLDER):
             for path in list(folder.iterdir()) if folder.is_dir() else ():
                 name = temporary_of(path.name)
-                if name is None or not own.fullmatch(name):
+                if name is None or not (own.fullmatch(name) or name == self._aside.name[1:]):
                     continue
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
@@ -230,7 +255,7 @@ class RunFolder:
         finally:
             if self.save_format == "comfy":
                 source.unlink(missing_ok=True)
-        shutil.rmtree(self._aside, ignore_errors=True)
+        self._discard_aside()
         return saved
 
 
