@@ -7,7 +7,6 @@ is the same, so `differences` is what stands between the two, in the user's word
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from hyimg.config.tools import Common
 from hyimg.data.sample import Sample
 from hyimg.data.training_data import TrainingData
 from hyimg.model.safetensors_file import Checkpoint
+from hyimg.training.run_file import plain
 from hyimg.training.steps import Schedule
 
 # These say where things are and what is kept and told. What comes of the files is compared by content
@@ -59,7 +59,7 @@ _BLOCK_BYTES = 4096
 
 def options_identity(config: TrainConfig) -> dict[str, Any]:
     """Every option as JSON."""
-    return {name: _plain(value) for name, value in flatten(config).items()}
+    return {name: plain(value) for name, value in flatten(config).items()}
 
 
 def run_identity(config: TrainConfig, data: TrainingData, schedule: Schedule) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def checkpoint_identity(path: Path) -> str:
 
 def option_differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     """A line for each option that decides numbers and is another one than in the state."""
-    defaults = {opt.name: _plain(opt.default) for opt in all_options(TrainConfig)}
+    defaults = {opt.name: plain(opt.default) for opt in all_options(TrainConfig)}
     return [
         f"`--{name}`: {_text(before)} then, {_text(own[name])} now"
         for name in _options_that_matter()
@@ -184,12 +184,6 @@ def _digest(values: Iterable[object]) -> str:
     for value in values:
         digest.update(repr(value).encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
-
-
-def _plain(value: object) -> Any:
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    return os.fspath(value.absolute()) if isinstance(value, Path) else value
 
 
 def _text(value: Any) -> str:

@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import tomli_w
 import torch
 from filelock import FileLock, Timeout
 
@@ -28,17 +27,12 @@ from hyimg.cache.atomic import (
     temporary_name,
     temporary_of,
 )
-from hyimg.config.load import flatten
 from hyimg.config.names import check_plain_name
-from hyimg.config.option import all_options
 from hyimg.errors import HyimgError, RunError
 from hyimg.lora.file import convert, save_lora
+from hyimg.training.run_file import config_toml
 
 COMFY_FOLDER = "comfy"
-
-# Options that say how a command was given, not what the run is
-_NOT_REPEATED = ("config", "output_config", "overwrite", "resume", "resume_force")
-
 
 # In the folder of files that are set aside, once all of them are
 _ALL_ASIDE = "all"
@@ -263,26 +257,3 @@ def _flush(path: Path) -> None:
     """To the disk, which a conversion does not wait for: of some runs this is the only file."""
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
-
-
-def config_toml(config: object) -> str:
-    """All options of a config as a TOML run file, paths absolute; those that were not given are left out."""
-    # what cannot be used yet stands at its default, and would only make the file long
-    not_written = {
-        opt.name for opt in all_options(type(config)) if opt.traits.later and not opt.traits.available
-    }
-    not_written |= set(_NOT_REPEATED)
-    values = {}
-    for key, value in flatten(config).items():
-        if value is None or value == () or key in not_written:
-            continue
-        values[key] = _plain(value)
-    return tomli_w.dumps(values, multiline_strings=True)
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Path):
-        return str(value.absolute())
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
