@@ -6,6 +6,7 @@ is killed, everything that was saved before is whole, and a state never stands w
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
@@ -40,9 +41,9 @@ def warn_of_idle_saving(config: TrainConfig, report: Reporter) -> None:
 
 def save_after_step(run: Run) -> None:
     """The saves that are due after a step: every so many, and where the user asks for one by a file."""
-    saving = run.config.saving
+    saving, every = run.config.saving, run.config.saving.save_every_n_steps
     asked = run.folder.save_now_path.exists()
-    due = bool(saving.save_every_n_steps) and run.step % (saving.save_every_n_steps or 1) == 0
+    due = every is not None and run.step % every == 0
     if due or asked:
         _save_step(run, state=saving.save_state or asked)
     if asked:
@@ -58,12 +59,14 @@ def save_after_epoch(run: Run) -> None:
     run.save(epoch=run.epoch)
     if saving.save_state:
         save_state(run, run.folder.state_path(epoch=run.epoch))
-    last, last_states = saving.save_last_n_epochs, saving.save_last_n_epochs_state
+    last = saving.save_last_n_epochs
+    last_states = saving.save_last_n_epochs_state or last
+    following = run.epoch + 1
     _rotate(
         run,
         "epoch",
-        loras=run.epoch - every * last + 1 if last else None,
-        states=run.epoch - every * (last_states or last or 0) + 1 if last_states or last else None,
+        loras=last and following - every * last,
+        states=last_states and following - every * last_states,
     )
 
 
@@ -86,7 +89,7 @@ def stop_if_asked(run: Run, stop: StopRequest) -> None:
     raise StoppedError(
         f"stopped by {'Ctrl-C' if stop.signal.name == 'SIGINT' else stop.signal.name} "
         f"after step {run.step} of {run.schedule.max_steps}",
-        hint=f"go on with `hyimg train --config {run.folder.config_path} --resume latest`",
+        hint=f"go on with `hyimg train --config {shlex.quote(str(run.folder.config_path))} --resume latest`",
         signal_number=stop.signal,
     )
 
@@ -99,13 +102,9 @@ def _save_step(run: Run, *, state: bool) -> None:
     path = run.folder.state_path(step=run.step)
     if state and path not in run.saved_states:
         save_state(run, path)
-    last, last_states = saving.save_last_n_steps, saving.save_last_n_steps_state
-    _rotate(
-        run,
-        "step",
-        loras=run.step - last if last else None,
-        states=run.step - (last_states or last or 0) if last_states or last else None,
-    )
+    last = saving.save_last_n_steps
+    last_states = saving.save_last_n_steps_state or last
+    _rotate(run, "step", loras=last and run.step - last, states=last_states and run.step - last_states)
 
 
 def save_state(run: Run, path: Path) -> None:
@@ -132,7 +131,7 @@ def save_state(run: Run, path: Path) -> None:
 
 
 def _rotate(run: Run, what: str, *, loras: int | None, states: int | None) -> None:
-    """Removes the LoRA files and the states of epochs or steps below those numbers."""
+    """Removes the LoRA files and the states of epochs or steps below those numbers; None removes none."""
     if loras is not None:
         for path in run.folder.older(what, ending=".safetensors", than=loras):
             path.unlink(missing_ok=True)
