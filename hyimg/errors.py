@@ -39,8 +39,27 @@ class RunError(HyimgError):
     exit_code = 1
 
 
+class StoppedError(RunError):
+    """A run that a signal asked to stop, and that did so in order: what was done is saved."""
+
+    def __init__(self, message: str, *, hint: str | None = None, signal_number: int) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = 128 + signal_number
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _stopped, (self.message, self.hint, self.exit_code - 128)
+
+
+class Terminated(BaseException):
+    """SIGTERM that ends the process at once, as KeyboardInterrupt is for Ctrl-C."""
+
+
 def _rebuilt(kind: type[HyimgError], message: str, hint: str | None) -> HyimgError:
     return kind(message, hint=hint)
+
+
+def _stopped(message: str, hint: str | None, signal_number: int) -> StoppedError:
+    return StoppedError(message, hint=hint, signal_number=signal_number)
 
 
 def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> list[str]:

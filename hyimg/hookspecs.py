@@ -58,7 +58,11 @@ def hyimg_optimizers() -> Provided:  # type: ignore[empty-body]
 
 @hookspec
 def hyimg_run_start(run: Run) -> None:
-    """Training is about to begin; nothing has been changed yet."""
+    """Training is about to begin, or to go on after the step `run.step`; nothing has been changed yet.
+
+    What a plugin keeps over steps goes into the run's states, and comes back from them, through
+    `run.remember(Stateful(name, state_dict, load_state_dict))` (`hyimg.training.resume`).
+    """
 
 
 @hookspec

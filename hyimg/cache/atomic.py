@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ TEMPORARY_SUFFIX = ".hyimg-tmp"
 """How a temporary file's name ends; one that a killed run left behind may be removed by anyone."""
 
 # Of the destination's name in the temporary one, which must not be too long where the other is not
-_NAME_CHARS = 32
+_NAME_CHARS = 48
+_TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))
 # Of one name, in common file systems
 _MAX_NAME_BYTES = 255
 
@@ -42,8 +44,7 @@ def atomic_path(dst: Path | str, *, durable: bool = True) -> Iterator[Path]:
     folder, a device, a pipe), `RunError` where the disk is full.
     """
     dst = _destination(Path(dst))
-    name = f".{dst.name[:_NAME_CHARS]}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
-    temporary = dst.with_name(name)
+    temporary = dst.with_name(temporary_name(dst.name))
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -51,12 +52,23 @@ def atomic_path(dst: Path | str, *, durable: bool = True) -> Iterator[Path]:
             _flush(temporary)
         os.replace(temporary, dst)
         if durable:
-            _flush_folder(dst.parent)
+            flush_folder(dst.parent)
     except OSError as error:
         raise _explain(error, dst, temporary) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def temporary_name(name: str) -> str:
+    """A fresh name, in the same folder, for what is to become `name`."""
+    return f".{name[:_NAME_CHARS]}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+
+
+def temporary_of(name: str) -> str | None:
+    """Which file a temporary name was to become (its first 48 characters), or None for another name."""
+    found = _TEMPORARY.fullmatch(name)
+    return found[1] if found is not None else None
 
 
 def atomic_write_bytes(dst: Path | str, data: bytes, *, durable: bool = True) -> None:
@@ -138,7 +150,7 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Makes the rename itself survive a power cut, where the system can (Windows cannot open folders)."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -16,11 +18,11 @@ from hyimg import __version__
 from hyimg.cli import commands
 from hyimg.cli.flags import CONTEXT_SETTINGS, TRACEBACK_FLAG, add_command
 from hyimg.config import commands as configs
-from hyimg.errors import HyimgError, did_you_mean
+from hyimg.errors import HyimgError, Terminated, did_you_mean
 from hyimg.memory.out_of_memory import general_changes, out_of_memory_error, out_of_memory_place
 from hyimg.memory.processes import Processes
 
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 130, 143
 
 app = typer.Typer(
     name="hyimg",
@@ -68,7 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
         # captions and paths in any script go through a pipe of any encoding; what it cannot hold is spelt out
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Unwinds the stack, as Ctrl-C does, so that locks and temporary files go."""
+    raise Terminated
 
 
 def run(arguments: list[str]) -> int:
@@ -82,6 +90,9 @@ def run(arguments: list[str]) -> int:
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
+    except Terminated:
+        _complain("terminated", None)
+        return _TERMINATED
     except BrokenPipeError:
         _close_stdout()
         return 1

@@ -65,21 +65,40 @@ class Saving:
     save_every_n_epochs: int | None = option(None, minimum=1, help="save after every so many epochs")
     save_every_n_steps: int | None = option(None, minimum=1, help="save after every so many steps")
     save_last_n_epochs: int | None = option(
-        None, minimum=1, help="keep only so many of those", later=_TRAINING
+        None, minimum=1, help="keep only the last so many of the files saved by epoch (states too)"
     )
     save_last_n_steps: int | None = option(
-        None, minimum=1, help="keep only those of the last steps", later=_TRAINING
+        None,
+        minimum=1,
+        help="keep only those files saved by step that are at most so many steps old (states too)",
     )
-    save_state: bool = option(False, help="save the optimiser's state too", later=_TRAINING)
-    save_state_on_train_end: bool = option(False, help="save the state at the end", later=_TRAINING)
-    save_last_n_epochs_state: int | None = option(None, minimum=1, help="states kept", later=_TRAINING)
-    save_last_n_steps_state: int | None = option(None, minimum=1, help="states kept", later=_TRAINING)
-    resume: str | None = option(None, help="state to go on from, a folder or `latest`", later=_TRAINING)
-    resume_force: bool = option(False, help="resume although settings differ", later=_TRAINING)
+    save_state: bool = option(
+        False, help="save with every LoRA, the final one too, a state that `--resume` goes on from"
+    )
+    save_state_on_train_end: bool = option(False, help="save a state at the end of the run")
+    save_last_n_epochs_state: int | None = option(
+        None, minimum=1, help="for the states, in place of `--save_last_n_epochs`"
+    )
+    save_last_n_steps_state: int | None = option(
+        None, minimum=1, help="for the states, in place of `--save_last_n_steps`"
+    )
+    resume: str | None = option(
+        None,
+        help="go on from a state: its folder, or `latest` for the newest whole one of this run "
+        "(a run that has none yet starts at its first step)",
+    )
+    resume_force: bool = option(
+        False, help="resume although settings differ from the state's; which ones is said"
+    )
     ema_decay: float | None = option(
         None, minimum=0, maximum=1, help="average of the adapters", later=_TRAINING
     )
-    on_nan: str = option("stop", choices=("stop", "skip"), help="a loss that is not finite", later=_TRAINING)
+    on_nan: str = option(
+        "stop",
+        choices=("stop", "skip"),
+        help="a loss or gradient that is not finite: stop the run, or leave the step out "
+        "(and stop after 10 in a row)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ E byT5 width. Latents are already scaled (by 0.75289).
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -100,6 +101,7 @@ class BatchLoader:
     """
 
     def __init__(self, data: TrainingData, *, num_workers: int = 0, persistent_workers: bool = False) -> None:
+        self.data = data
         self._requests = _Requests()
         self._loader: torch.utils.data.DataLoader[LoadedBatch | HyimgError] = torch.utils.data.DataLoader(
             _WithErrors(data),
@@ -107,6 +109,9 @@ class BatchLoader:
             sampler=self._requests,
             num_workers=num_workers,
             persistent_workers=persistent_workers and num_workers > 0,
+            worker_init_fn=_ignore_interrupts,
+            # torch draws a seed for its workers at every epoch: not from the global generator
+            generator=torch.Generator(),
         )
 
     def load(self, batches: Iterable[Batch], *, epoch: int) -> Iterator[LoadedBatch]:
@@ -116,6 +121,11 @@ class BatchLoader:
             if isinstance(loaded, HyimgError):
                 raise loaded
             yield loaded
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; that which trains decides what becomes of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _WithErrors(torch.utils.data.Dataset["LoadedBatch | HyimgError"]):

@@ -24,6 +24,7 @@ from hyimg.data.describe import describe_datasets
 from hyimg.data.plan import latent_store_for_training, text_store_for_training
 from hyimg.data.training_data import BatchLoader, TrainingData
 from hyimg.data.workspace import Workspace
+from hyimg.errors import Terminated
 from hyimg.lora.network import LoRANetwork
 from hyimg.memory.device import compute_dtype
 from hyimg.memory.out_of_memory import Place, explained, training_changes
@@ -32,12 +33,17 @@ from hyimg.model.dit import DiT
 from hyimg.model.header_check import read_dit
 from hyimg.model.safetensors_file import Checkpoint
 from hyimg.report import Reporter, count_text, size_text
+from hyimg.training.identity import run_identity
 from hyimg.training.loop import train_loop
 from hyimg.training.metadata import training_metadata
 from hyimg.training.metrics import MetricsLog
+from hyimg.training.nonfinite import NonFiniteGuard
 from hyimg.training.objective import Objective
 from hyimg.training.preparation import Preparation, open_encoders, open_training_workspace, prepare
-from hyimg.training.run import Run, Schedule
+from hyimg.training.resume import Stateful
+from hyimg.training.run import Run
+from hyimg.training.state_parts import OptimizerPart, generators_part, network_part
+from hyimg.training.steps import Schedule
 
 _SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -66,49 +72,89 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
     workspace = open_training_workspace(config, report)
     loader = _open_data(prepared, workspace)
     schedule = _schedule(prepared, workspace)
+    identity = run_identity(config, loader.data, schedule)
+    resumed = prepared.resumed
+    if resumed is not None:
+        resumed.check(identity)
     _tell(prepared, workspace, schedule, report)
 
-    claimed = folder.claim(config, overwrite=config.saving.overwrite)
+    state_path = resumed.saved.path if resumed is not None else None
+    claimed = folder.claim(config, overwrite=config.saving.overwrite, resumed=state_path)
     with claimed, explained(partial(_changes_for_memory, prepared)):
-        dit = _load_dit(prepared, report)
-        network = _network(prepared, dit)
-        optimizer = prepared.make_optimizer(
-            network.parameter_groups(prepared.learning_rate), prepared.learning_rate
-        )
-        accelerator = _accelerator(prepared)
-        with MetricsLog(folder.metrics_path) as metrics:
-            run = Run(
-                config=config,
-                seed=prepared.seed,
-                folder=folder,
-                schedule=schedule,
-                loader=loader,
-                objective=Objective(
-                    dit,
-                    prepared.loss,
-                    prepared.timestep_sampler,
-                    config.flow,
-                    prepared.seed,
-                    posterior_mean=config.caching.latent_sampling == "mean",
-                ),
-                network=network,
-                optimizer=optimizer,
-                accelerator=accelerator,
-                plugins=prepared.plugins,
-                metrics=metrics,
-                report=report,
-                describe=_describer(workspace, time.time()),
-                save_dtype=_SAVE_DTYPES[config.saving.save_precision],
-            )
-            try:
+        run = _make_run(prepared, workspace, loader, schedule, identity, report)
+        try:
+            with run.metrics:
                 train_loop(run)
-            except KeyboardInterrupt:
-                last = f"the last saved file is {run.saved[-1]}" if run.saved else "nothing was saved yet"
-                report.warning(f"stopped after step {run.step} of {schedule.max_steps}; {last}")
-                raise
-            finally:
-                accelerator.end_training()
+        except (KeyboardInterrupt, Terminated):
+            last = f"the last saved file is {run.saved[-1]}" if run.saved else "nothing was saved yet"
+            report.warning(f"stopped after step {run.step} of {schedule.max_steps}; {last}")
+            raise
+        finally:
+            run.accelerator.end_training()
     return TrainResult(run.saved, run.step, prepared.seed)
+
+
+def _make_run(
+    prepared: Preparation,
+    workspace: Workspace,
+    loader: BatchLoader,
+    schedule: Schedule,
+    identity: Mapping[str, Any],
+    report: Reporter,
+) -> Run:
+    """Loads the DiT, attaches the network, and puts everything where the state to go on from has it."""
+    config, resumed = prepared.config, prepared.resumed
+    assert config.dit.dit is not None
+    dit = _load_dit(prepared, report)
+    network = _network(prepared, dit)
+    optimizer = prepared.make_optimizer(
+        network.parameter_groups(prepared.learning_rate), prepared.learning_rate
+    )
+    optimizer_part = OptimizerPart(optimizer, report).part
+    log_name = _log_name(prepared)
+    started = resumed.started if resumed is not None else time.time()
+    run = Run(
+        config=config,
+        seed=prepared.seed,
+        folder=prepared.folder,
+        schedule=schedule,
+        loader=loader,
+        objective=Objective(
+            dit,
+            prepared.loss,
+            prepared.timestep_sampler,
+            config.flow,
+            prepared.seed,
+            posterior_mean=config.caching.latent_sampling == "mean",
+        ),
+        network=network,
+        optimizer=optimizer,
+        accelerator=_accelerator(prepared, log_name),
+        plugins=prepared.plugins,
+        metrics=MetricsLog(
+            prepared.folder.metrics_path, resumed.saved.metrics() if resumed is not None else ""
+        ),
+        report=report,
+        describe=_describer(workspace, started),
+        save_dtype=_SAVE_DTYPES[config.saving.save_precision],
+        guard=NonFiniteGuard(
+            skip=config.saving.on_nan == "skip",
+            image_paths={sample.key: sample.image_path for sample in workspace.found.samples},
+        ),
+        identity=identity,
+        log_name=log_name,
+        started=started,
+        resumed=resumed,
+    )
+    if resumed is not None:
+        run.step = resumed.step
+        run.epoch = schedule.first_epoch(after_step=resumed.step, ended=resumed.epoch) - 1
+    run.remember(network_part(network))
+    run.remember(optimizer_part)
+    run.remember(Stateful("average", run.average.state_dict, run.average.load_state_dict))
+    run.remember(Stateful("guard", run.guard.state_dict, run.guard.load_state_dict))
+    run.remember(generators_part(prepared.device))
+    return run
 
 
 def _open_data(prepared: Preparation, workspace: Workspace) -> BatchLoader:
@@ -169,6 +215,10 @@ def _tell(prepared: Preparation, workspace: Workspace, schedule: Schedule, repor
         f"run: {count_text(schedule.max_steps, 'step')} in {count_text(schedule.num_epochs, 'epoch')}, "
         f"seed {prepared.seed}"
     )
+    if prepared.resumed is not None:
+        report.note(
+            f"resumed: {count_text(prepared.resumed.step, 'step')} done, from {prepared.resumed.saved.path}"
+        )
 
 
 def _load_dit(prepared: Preparation, report: Reporter) -> DiT:
@@ -206,7 +256,15 @@ def _network(prepared: Preparation, dit: DiT) -> LoRANetwork:
     return network
 
 
-def _accelerator(prepared: Preparation) -> Accelerator:
+def _log_name(prepared: Preparation) -> str:
+    """The folder that trackers write into; a resumed run goes on in its own, where that is still there."""
+    if prepared.resumed is not None and (prepared.logging_dir / prepared.resumed.log_name).is_dir():
+        return prepared.resumed.log_name
+    config = prepared.config
+    return f"{config.logging.log_prefix}{config.saving.output_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _accelerator(prepared: Preparation, log_name: str) -> Accelerator:
     """Accelerate carries the device and the trackers.
 
     The loop calls backward itself and the precision is ours, so that nothing in a launcher's environment (its
@@ -215,16 +273,17 @@ def _accelerator(prepared: Preparation) -> Accelerator:
     set_seed(prepared.seed % 2**32)  # for what a plugin may draw from the global generators
     config = prepared.config
     logging = config.logging
-    run_name = f"{logging.log_prefix}{config.saving.output_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     accelerator = Accelerator(
         cpu=prepared.device.type == "cpu",
         mixed_precision="no",
         log_with=logging.log_with,
-        project_dir=str(prepared.logging_dir / run_name),
+        project_dir=str(prepared.logging_dir / log_name),
     )
     if logging.log_with is not None:
         logged = {k: str(v) for k, v in flatten(config).items()} if logging.log_config else None
-        accelerator.init_trackers(logging.log_tracker_name, config=logged)
+        # what was logged after the state that the run goes on from is hidden
+        purge = {} if prepared.resumed is None else {"purge_step": prepared.resumed.step + 1}
+        accelerator.init_trackers(logging.log_tracker_name, config=logged, init_kwargs={"tensorboard": purge})
     return accelerator
 
 

@@ -6,93 +6,103 @@ import math
 import time
 from collections.abc import Iterable
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from hyimg.data.training_data import LoadedBatch
-from hyimg.errors import RunError
 from hyimg.report import Task
-from hyimg.training.metrics import MovingAverage
-from hyimg.training.run import Epoch, Run, Step
+from hyimg.training.nonfinite import StepImages
+from hyimg.training.run import Run
+from hyimg.training.saving import save_after_epoch, save_after_step, save_at_end, stop_if_asked
+from hyimg.training.signals import StopRequest
+from hyimg.training.steps import Epoch, Step
+
+
+class StepResult(NamedTuple):
+    """The loss of each of a step's images (float32, on the CPU) and the norm of its gradient before clipping.
+
+    A step that was not `taken` has left the weights as they were: its loss or gradient was not finite.
+    """
+
+    loss_B: Tensor
+    gradient_norm: float
+    taken: bool
 
 
 def train_loop(run: Run) -> None:
-    """Trains from the run's first step to its last; saves and reports on the way.
+    """Trains from where the run stands to its last step; saves and reports on the way.
 
-    Raises `RunError` where a loss or gradient is not finite; the files saved before stay.
+    Saving is the last thing that is done with a step, so that a run which goes on from a state repeats none
+    of the others. Raises `RunError` where a loss or gradient is not finite, and StoppedError after a signal;
+    the files saved before stay.
     """
-    notify, saving = run.plugins.notify, run.config.saving
+    notify, schedule = run.plugins.notify, run.schedule
     notify("hyimg_run_start", run=run)
-    average = MovingAverage()
-    with run.report.task("train", run.schedule.max_steps, unit="step") as task:
-        for epoch in run.schedule.epochs():
+    progress = run.report.task("train", schedule.max_steps, unit="step", done=run.step)
+    with progress as task, StopRequest(run.report) as stop:
+        for epoch in schedule.epochs(after_step=run.step, ended=run.epoch):
             batches = run.loader.load(epoch.batches, epoch=epoch.number)
             for step in epoch.steps:
                 started = time.perf_counter()
-                loss_B, gradient_norm = train_step(run, step, epoch, islice(batches, len(step.batches)))
+                result = train_step(run, step, epoch, islice(batches, len(step.batches)))
                 run.step = step.number
-                notify("hyimg_step_end", run=run, step=step.number, loss_B=loss_B)
-                _log(run, task, epoch, loss_B, gradient_norm, average, time.perf_counter() - started)
-                if saving.save_every_n_steps and step.number % saving.save_every_n_steps == 0:
-                    run.save(step=step.number)
+                notify("hyimg_step_end", run=run, step=step.number, loss_B=result.loss_B)
+                _log(run, task, epoch, result, time.perf_counter() - started)
+                save_after_step(run)
+                stop_if_asked(run, stop)
             if epoch.complete:
                 run.epoch = epoch.number
-                # after the last epoch the final file is the same
-                is_last = run.step == run.schedule.max_steps
-                if (
-                    saving.save_every_n_epochs
-                    and epoch.number % saving.save_every_n_epochs == 0
-                    and not is_last
-                ):
-                    run.save(epoch=epoch.number)
+                save_after_epoch(run)
                 notify("hyimg_epoch_end", run=run, epoch=epoch.number)
-    run.save()
+                stop_if_asked(run, stop)
+        save_at_end(run)
     notify("hyimg_run_end", run=run)
 
 
-def train_step(run: Run, step: Step, epoch: Epoch, batches: Iterable[LoadedBatch]) -> tuple[Tensor, float]:
-    """One optimiser step: (loss of each of its images, norm of the gradient before clipping).
+def train_step(run: Run, step: Step, epoch: Epoch, batches: Iterable[LoadedBatch]) -> StepResult:
+    """One optimiser step.
 
     The gradient is the sum over the step's images divided by their number, whatever the batches' sizes.
     """
-    losses = []
+    keys: list[str] = []
+    sigmas: list[Tensor] = []
+    losses: list[Tensor] = []
     for batch in batches:
         run.network.set_multiplier(batch.network_multiplier)
-        loss_B, _ = run.objective(batch, epoch.number)
+        loss_B, sigma_B = run.objective(batch, epoch.number)
         torch.autograd.backward(loss_B.sum() / step.num_samples)
+        keys += batch.sample_keys
+        sigmas.append(sigma_B)
         losses.append(loss_B.detach())
     loss_B = torch.cat(losses).float().cpu()
-    max_norm = run.config.optimizer.max_grad_norm or math.inf
-    gradient_norm = float(torch.nn.utils.clip_grad_norm_(run.parameters, max_norm))
-    if not (math.isfinite(gradient_norm) and bool(torch.isfinite(loss_B).all())):
-        raise RunError(
-            f"the loss or its gradient is not finite at step {step.number} (loss {loss_B.mean():g})",
-            hint="lower `--learning_rate`; files that were saved before are whole"
-            if step.number > 1
-            else "at the first step that comes of the model, the caches or `--network_weights`: check those files",
-        )
-    run.optimizer.step()
+    total_norm = get_total_norm([p.grad for p in run.parameters if p.grad is not None])
+    gradient_norm = float(total_norm)
+    images = StepImages(keys, (torch.cat(sigmas) * 1000).tolist(), loss_B)
+    taken = run.guard.admits(
+        step.number, images, gradient_norm, run.network, last_good=run.last_good, report=run.report
+    )
+    if taken:
+        if max_norm := run.config.optimizer.max_grad_norm:
+            clip_grads_with_norm_(run.parameters, max_norm, total_norm)
+        run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return loss_B, gradient_norm
+    return StepResult(loss_B, gradient_norm, taken)
 
 
-def _log(
-    run: Run,
-    task: Task,
-    epoch: Epoch,
-    loss_B: Tensor,
-    gradient_norm: float,
-    average: MovingAverage,
-    seconds: float,
-) -> None:
-    loss = float(loss_B.mean())
-    smoothed = average.add(loss)
-    values: dict[str, float] = {"loss": loss, "loss_smoothed": smoothed, "gradient_norm": gradient_norm}
+def _log(run: Run, task: Task, epoch: Epoch, result: StepResult, seconds: float) -> None:
+    loss, norm = float(result.loss_B.mean()), result.gradient_norm
+    if result.taken:
+        run.average.add(loss)
+    values = {"loss": loss, "loss_smoothed": run.average.value, "gradient_norm": norm}
+    if not result.taken:
+        values |= {"loss": math.nan, "gradient_norm": math.nan}
     # an optimiser that makes its own rate (Adafactor) has none to tell
     rates = [float(group["lr"]) for group in run.optimizer.param_groups if group["lr"] is not None]
     values |= {f"learning_rate_{i}" if i else "learning_rate": rate for i, rate in enumerate(rates)}
-    counts = {"samples": len(loss_B), "seconds": round(seconds, 6)}
+    counts = {"samples": len(result.loss_B), "seconds": round(seconds, 6)}
     run.metrics.write({"step": run.step, "epoch": epoch.number, **values, **counts})
-    run.accelerator.log(values, step=run.step)
-    task.advance(detail=f"epoch {epoch.number}/{run.schedule.num_epochs}, loss {smoothed:.4f}")
+    run.accelerator.log({k: v for k, v in values.items() if math.isfinite(v)}, step=run.step)
+    task.advance(detail=f"epoch {epoch.number}/{run.schedule.num_epochs}, loss {run.average.value:.4f}")

@@ -13,14 +13,21 @@ from hyimg.errors import RunError
 
 
 class MetricsLog:
-    """Appends a line a step; a line is written whole and flushed, so that a killed run leaves whole lines."""
+    """Appends a line a step; a line is written whole and flushed, so that a killed run leaves whole lines.
 
-    def __init__(self, path: Path) -> None:
+    It writes in a `with` block, which begins the file with `before`: the lines of the steps that a resumed
+    run does not repeat.
+    """
+
+    def __init__(self, path: Path, before: str = "") -> None:
         self.path = path
-        atomic_write_text(path, "")
-        self._file = path.open("a", encoding="utf-8")
+        self._before = before
 
-    def write(self, values: Mapping[str, float | int | str | Mapping[str, float]]) -> None:
+    def text(self) -> str:
+        """All lines so far."""
+        return self.path.read_text(encoding="utf-8")
+
+    def write(self, values: Mapping[str, float | int | str | Mapping[str, float] | None]) -> None:
         """One line. Values that are not finite become null, since JSON has no name for them.
 
         Raises RunError where it cannot be written.
@@ -34,6 +41,8 @@ class MetricsLog:
             ) from error
 
     def __enter__(self) -> MetricsLog:
+        atomic_write_text(self.path, self._before)
+        self._file = self.path.open("a", encoding="utf-8")
         return self
 
     def __exit__(
@@ -56,4 +65,15 @@ class MovingAverage:
     def add(self, value: float) -> float:
         """Takes a value in and gives the mean."""
         self._values = [*self._values[-self.window + 1 :], value]
-        return sum(self._values) / len(self._values)
+        return self.value
+
+    @property
+    def value(self) -> float:
+        """The mean now; NaN before the first value."""
+        return sum(self._values) / len(self._values) if self._values else math.nan
+
+    def state_dict(self) -> list[float]:
+        return list(self._values)
+
+    def load_state_dict(self, values: list[float]) -> None:
+        self._values = list(values)

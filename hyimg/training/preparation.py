@@ -34,9 +34,12 @@ from hyimg.model.loading import check_dit, check_vae
 from hyimg.plugins import Plugins, bind_arguments, load_plugins, parse_arguments
 from hyimg.randomness import keyed_seed
 from hyimg.report import Reporter
+from hyimg.training.identity import options_identity
 from hyimg.training.objective import Loss
 from hyimg.training.optimizers import Groups, resolve_optimizer
+from hyimg.training.resume import Resumed, find_state
 from hyimg.training.run_folder import RunFolder
+from hyimg.training.saving import warn_of_idle_saving
 
 _HUBER_OPTIONS = ("huber_c", "huber_scale", "huber_schedule")
 
@@ -44,7 +47,7 @@ _HUBER_OPTIONS = ("huber_c", "huber_scale", "huber_schedule")
 @dataclass(frozen=True)
 class Preparation:
     """A checked run: `config` has its seed decided, `plan` what each module gets, `start` the weights to begin
-    with under the reference tool's names (None: fresh ones)."""
+    with under the reference tool's names (None: fresh ones), `resumed` the state to go on from."""
 
     config: TrainConfig
     seed: int
@@ -58,6 +61,7 @@ class Preparation:
     make_optimizer: Callable[[Groups, float], Optimizer]
     plugins: Plugins
     folder: RunFolder
+    resumed: Resumed | None = None
 
     @property
     def learning_rate(self) -> float:
@@ -102,12 +106,19 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     make_optimizer = resolve_optimizer(plugins, optimizer.optimizer_type, optimizer.optimizer_args)
     assert config.saving.output_dir is not None
     folder = RunFolder(config.saving.output_dir, config.saving.output_name, config.saving.save_format)
-    folder.check(overwrite=config.saving.overwrite)
+    resumed = _resumed(config, folder, report)
+    folder.check(overwrite=config.saving.overwrite, resumed=resumed.saved.path if resumed else None)
     if config.logging.logging_dir is not None:
         require_writable_folder(config.logging.logging_dir)
-    seed = config.duration.seed if config.duration.seed is not None else keyed_seed(time.time_ns()) % 2**32
+    seed = config.duration.seed
+    if seed is None:
+        seed = resumed.seed if resumed is not None else keyed_seed(time.time_ns()) % 2**32
+    config = replace(config, seed=seed)  # a drawn seed is part of what repeats the run
+    if resumed is not None:
+        resumed.check_options(options_identity(config))
+    warn_of_idle_saving(config, report)
     return Preparation(
-        config=replace(config, seed=seed),  # a drawn seed is part of what repeats the run
+        config=config,
         seed=seed,
         device=device,
         arch=arch,
@@ -119,6 +130,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
         make_optimizer=make_optimizer,
         plugins=plugins,
         folder=folder,
+        resumed=resumed,
     )
 
 
@@ -149,6 +161,16 @@ def open_encoders(config: TrainConfig, workspace: Workspace | None = None) -> Te
         return None
     memo = workspace.index if workspace is not None else None
     return TextEncoders.open(files.text_encoder, files.byt5, files.tokenizer, fp8=files.fp8_vl, memo=memo)
+
+
+def _resumed(config: TrainConfig, folder: RunFolder, report: Reporter) -> Resumed | None:
+    saving = config.saving
+    if saving.resume is None:
+        if saving.resume_force:
+            report.warning("`--resume_force` has no effect without `--resume`")
+        return None
+    saved = find_state(saving.resume, folder, report, overwrite=saving.overwrite)
+    return Resumed(saved, saving.resume_force, report) if saved is not None else None
 
 
 def _check_flow(config: TrainConfig, arch: DiTArch, report: Reporter) -> None:

@@ -1,104 +1,28 @@
-"""A training run as the loop and the hooks see it: its parts, its length, and where it stands."""
+"""A training run as the loop and the hooks see it: its parts and where it stands."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
 from hyimg.config.commands import TrainConfig
-from hyimg.data.batches import Batch
 from hyimg.data.training_data import BatchLoader
 from hyimg.lora.network import LoRANetwork
 from hyimg.plugins import Plugins
 from hyimg.report import Reporter
-from hyimg.training.metrics import MetricsLog
+from hyimg.training.metrics import MetricsLog, MovingAverage
+from hyimg.training.nonfinite import NonFiniteGuard
 from hyimg.training.objective import Objective
+from hyimg.training.resume import Resumed, Stateful
 from hyimg.training.run_folder import RunFolder
-
-DEFAULT_STEPS = 1600
-"""The length of a run that was given neither steps nor epochs, as in the reference tool."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimiser step. `number` counts from 1 over the whole run; its batches are consecutive."""
-
-    number: int
-    batches: Sequence[Batch]
-
-    @property
-    def num_samples(self) -> int:
-        return sum(len(batch) for batch in self.batches)
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """An epoch, counted from 1, or what of it the run still reaches: then it is not `complete`."""
-
-    number: int
-    steps: Sequence[Step]
-    complete: bool
-
-    @property
-    def batches(self) -> list[Batch]:
-        return [batch for step in self.steps for batch in step.batches]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How the epochs' batches become steps.
-
-    A step takes `accumulation` consecutive batches of one epoch; what is left at an epoch's end makes a
-    smaller step, so that no image is dropped. `epoch_batches(epoch)` gives an epoch's batches in order, as
-    many in every epoch.
-    """
-
-    epoch_batches: Callable[[int], Sequence[Batch]]
-    batches_per_epoch: int
-    accumulation: int
-    max_steps: int
-
-    @classmethod
-    def plan(
-        cls,
-        epoch_batches: Callable[[int], Sequence[Batch]],
-        *,
-        accumulation: int,
-        max_train_steps: int | None,
-        max_train_epochs: int | None,
-    ) -> Schedule:
-        """The schedule of a run; epochs win over steps, and neither means 1600 steps."""
-        batches = len(epoch_batches(1))
-        assert batches > 0, "an empty dataset is found before"
-        steps = max_train_steps or DEFAULT_STEPS
-        if max_train_epochs is not None:
-            steps = max_train_epochs * math.ceil(batches / accumulation)
-        return cls(epoch_batches, batches, accumulation, steps)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.batches_per_epoch / self.accumulation)
-
-    @property
-    def num_epochs(self) -> int:
-        return math.ceil(self.max_steps / self.steps_per_epoch)
-
-    def epochs(self) -> Iterator[Epoch]:
-        """The epochs of the run, in order."""
-        for number in range(1, self.num_epochs + 1):
-            batches = self.epoch_batches(number)
-            before = (number - 1) * self.steps_per_epoch
-            steps = [
-                Step(before + index + 1, batches[index * self.accumulation : (index + 1) * self.accumulation])
-                for index in range(min(self.steps_per_epoch, self.max_steps - before))
-            ]
-            yield Epoch(number, steps, complete=len(steps) == self.steps_per_epoch)
+from hyimg.training.steps import Schedule
 
 
 @dataclass
@@ -106,7 +30,10 @@ class Run:
     """Everything about a run in progress; hooks may read it.
 
     `step` and `epoch` are the last finished ones, 0 before the first. `describe(run)` gives the metadata of
-    a file saved now.
+    a file saved now, `identity` decides the run's numbers (`hyimg.training.identity`), `log_name` is the
+    tracker's folder and `started` the time of the first start, in seconds since the epoch. Each of
+    `evaluation_modes` makes a block in which the weights are those to use, where they are not those that
+    the optimiser moves.
     """
 
     config: TrainConfig
@@ -123,18 +50,50 @@ class Run:
     report: Reporter
     describe: Callable[[Run], Mapping[str, str]]
     save_dtype: torch.dtype
+    guard: NonFiniteGuard
+    identity: Mapping[str, Any]
+    log_name: str
+    started: float
+    resumed: Resumed | None = None
     step: int = 0
     epoch: int = 0
+    average: MovingAverage = field(default_factory=MovingAverage)
+    parts: list[Stateful] = field(default_factory=list)
+    evaluation_modes: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
     saved: list[Path] = field(default_factory=list)
+    saved_states: list[Path] = field(default_factory=list)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimiser moves."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    @property
+    def last_good(self) -> Path | None:
+        """The last LoRA file that this run saved, or the state that it goes on from."""
+        if self.saved:
+            return self.saved[-1]
+        return self.resumed.saved.path if self.resumed is not None else None
+
+    def remember(self, part: Stateful) -> None:
+        """Takes a part into the run's states; in a resumed run it is at once put where it was."""
+        assert all(part.name != other.name for other in self.parts), part.name
+        self.parts.append(part)
+        if self.resumed is not None:
+            self.resumed.restore(part)
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """A block in which the network holds the weights to save, to sample and to validate with."""
+        with ExitStack() as stack:
+            for mode in self.evaluation_modes:
+                stack.enter_context(mode())
+            yield
+
     def save(self, *, epoch: int | None = None, step: int | None = None) -> None:
         """Saves the LoRA as it is now, under the name of an epoch, of a step, or the final one."""
         path = self.folder.lora_path(epoch=epoch, step=step)
-        files = self.folder.save(path, self.network.state(), self.describe(self), self.save_dtype)
+        with self.evaluation_weights():
+            files = self.folder.save(path, self.network.state(), self.describe(self), self.save_dtype)
         self.saved += files
         self.report.note("saved " + " and ".join(str(file) for file in files))

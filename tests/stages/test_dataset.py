@@ -17,7 +17,7 @@ from hyimg.data.dataset_file import load_dataset_file
 from hyimg.data.samples import scan
 from hyimg.encoders import tokenizer
 from hyimg.model import safetensors_file
-from hyimg.training.run import Schedule
+from hyimg.training.steps import Schedule
 
 MODELS = ["--vae", "{vae}", "--text_encoder", "{text_encoder}", "--byt5", "{byt5}"]
 

@@ -111,7 +111,15 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def train(models: list[ModelFolder], dataset: Path, spy: ModuleType, tmp_path: Path) -> Callable[..., Run]:
+def report() -> SilentReporter:
+    """Where `train` reports: `report.warnings`."""
+    return SilentReporter()
+
+
+@pytest.fixture
+def train(
+    models: list[ModelFolder], dataset: Path, spy: ModuleType, tmp_path: Path, report: SilentReporter
+) -> Callable[..., Run]:
     """Runs the stage for one step of one image, or as the options say; gives the run, over by then.
 
     Folders are fresh: `run0`, `run1` and so on under `tmp_path`.
@@ -126,7 +134,7 @@ def train(models: list[ModelFolder], dataset: Path, spy: ModuleType, tmp_path: P
         }
         own |= {"max_train_steps": 1, "seed": 1, "mixed_precision": "no", "save_precision": "float"}
         own |= {"device": "cpu", "plugin": ("spy",)}
-        train_stage(make(TrainConfig, own | options), SilentReporter())
+        train_stage(make(TrainConfig, own | options), report)
         return spy.runs[-1]
 
     return call

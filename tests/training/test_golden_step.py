@@ -22,10 +22,12 @@ from hyimg.model.architecture import DiTArch
 from hyimg.model.conditioning import TextCondition
 from hyimg.model.dit import DiT
 from hyimg.plugins import load_plugins
+from hyimg.report import SilentReporter
 from hyimg.training.loop import train_step
+from hyimg.training.nonfinite import NonFiniteGuard
 from hyimg.training.objective import NoisedBatch, Objective
 from hyimg.training.optimizers import resolve_optimizer
-from hyimg.training.run import Epoch, Step
+from hyimg.training.steps import Epoch, Step
 
 
 def part(tensors, prefix):
@@ -59,8 +61,13 @@ class Golden:
         make = resolve_optimizer(load_plugins(), "AdamW", ["weight_decay=0.01"])
         run = SimpleNamespace(
             network=self.network,
-            objective=lambda batch, epoch: (self.objective.evaluate(self.drawn, self.text), None),
-            accelerator=SimpleNamespace(backward=lambda loss: loss.backward()),
+            objective=lambda batch, epoch: (
+                self.objective.evaluate(self.drawn, self.text),
+                self.drawn.sigma_B,
+            ),
+            guard=NonFiniteGuard(),
+            last_good=None,
+            report=SilentReporter(),
             config=SimpleNamespace(optimizer=Optimizer(max_grad_norm=max_grad_norm)),
             optimizer=make(self.network.parameter_groups(1e-3), 1e-3),
         )
@@ -68,10 +75,9 @@ class Golden:
         losses = []
         for number in range(1, num_steps + 1):
             step = Step(number, [[0, 1]])  # one batch of two images
-            loss_B, _ = train_step(
-                run, step, Epoch(1, [step], True), [SimpleNamespace(network_multiplier=1.0)]
-            )
-            losses.append(float(loss_B.mean()))
+            batch = SimpleNamespace(network_multiplier=1.0, sample_keys=("first", "second"))
+            result = train_step(run, step, Epoch(1, [step], True), [batch])
+            losses.append(float(result.loss_B.mean()))
         return losses
 
 

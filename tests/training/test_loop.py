@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from hyimg.config.optimizer import Optimizer
 from hyimg.errors import RunError
 from hyimg.model.safetensors_file import read_header
+from hyimg.report import SilentReporter
 from hyimg.training.loop import train_step
-from hyimg.training.run import Epoch, Step
+from hyimg.training.nonfinite import NonFiniteGuard
+from hyimg.training.steps import Epoch, Step
 
 
 class OneParameter:
@@ -25,12 +27,20 @@ class OneParameter:
         self.multiplier = None
         self.loss = loss or (lambda numbers_B: numbers_B * self.multiplier * self.parameter)
         self.run = SimpleNamespace(
-            network=SimpleNamespace(set_multiplier=lambda value: setattr(self, "multiplier", value)),
-            objective=lambda batch, epoch: (self.loss(torch.tensor(batch.numbers)), None),
-            accelerator=SimpleNamespace(backward=lambda loss: loss.backward()),
+            network=SimpleNamespace(
+                set_multiplier=lambda value: setattr(self, "multiplier", value),
+                adapters=lambda: [(SimpleNamespace(name="it"), torch.nn.ParameterList([self.parameter]))],
+            ),
+            objective=lambda batch, epoch: (
+                self.loss(torch.tensor(batch.numbers)),
+                torch.tensor(batch.numbers),
+            ),
             config=SimpleNamespace(optimizer=Optimizer(max_grad_norm=max_grad_norm)),
             optimizer=torch.optim.SGD([self.parameter], lr=1.0),
             parameters=[self.parameter],
+            guard=NonFiniteGuard(),
+            last_good=None,
+            report=SilentReporter(),
         )
 
     def step(self, *batches, multipliers=None):
@@ -38,11 +48,13 @@ class OneParameter:
         before = self.parameter.item()
         multipliers = multipliers or [1.0] * len(batches)
         loaded = [
-            SimpleNamespace(numbers=numbers, network_multiplier=multiplier)
+            SimpleNamespace(
+                numbers=numbers, network_multiplier=multiplier, sample_keys=[f"image {n:g}" for n in numbers]
+            )
             for numbers, multiplier in zip(batches, multipliers, strict=True)
         ]
         step = Step(1, batches)
-        loss_B, norm = train_step(self.run, step, Epoch(1, [step], True), loaded)
+        loss_B, norm, _ = train_step(self.run, step, Epoch(1, [step], True), loaded)
         return loss_B.tolist(), norm, before - self.parameter.item()
 
 

@@ -13,7 +13,7 @@ from hyimg.flow.losses import LossContext, huber, smooth_l1
 from hyimg.model.architecture import DIT_TINY
 from hyimg.plugins import load_plugins
 from hyimg.training.optimizers import resolve_optimizer
-from hyimg.training.run import Schedule
+from hyimg.training.steps import Schedule
 
 
 def plan(batches, **given):

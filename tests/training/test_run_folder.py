@@ -52,11 +52,53 @@ def test_a_save_is_never_replaced_by_what_it_was_to_replace(train, tmp_path):
     aside = folder / ".lora.replaced"  # as a run leaves it that is killed right after its first save
     aside.mkdir()
     (aside / "lora.safetensors").write_bytes(b"the old one")
+    (aside / "all").touch()
     config = make(TrainConfig, {"dit": "d", "dataset_config": "c", "output_dir": str(folder)})
     with RunFolder(folder, "lora").claim(config, overwrite=True):
         assert not (folder / "lora.safetensors").exists()
     assert (folder / "lora.safetensors").read_bytes() == new
     assert not aside.exists()
+
+
+@pytest.mark.parametrize("moment", range(8))
+@pytest.mark.parametrize("way", ["aside", "back"])
+def test_a_kill_while_an_earlier_run_is_set_aside_or_put_back_loses_nothing(
+    train, tmp_path, monkeypatch, way, moment
+):
+    folder = tmp_path / "run"
+    train(output_dir=folder, save_every_n_steps=1, save_state=True)
+
+    def files():
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    before, count, move = files(), iter(range(100)), RunFolder._move
+
+    def killed(path, target):
+        going_back = target.parent.name != ".lora.replaced" and ".lora.replaced" in path.parts
+        if going_back == (way == "back") and next(count) == moment:
+            raise KeyboardInterrupt
+        move(path, target)
+
+    def fail(config):
+        raise OSError("the run fails before its first save")
+
+    config = make(TrainConfig, {"dit": "d", "dataset_config": "c", "output_dir": str(folder)})
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "_move", staticmethod(killed))
+        patch.setattr(RunFolder, "write_config", lambda self, config: fail(config))
+        if way == "aside":
+            # a killed process does not put them back
+            patch.setattr(RunFolder, "_put_back", lambda self: None)
+        with (
+            pytest.raises((KeyboardInterrupt, OSError)),
+            RunFolder(folder, "lora").claim(config, overwrite=True),
+        ):
+            pass
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_config", lambda self, config: fail(config))
+        with pytest.raises(OSError), RunFolder(folder, "lora").claim(config, overwrite=True):
+            pass
+    assert files() == before
 
 
 def test_a_run_in_one_format_replaces_a_run_in_both(train, tmp_path):

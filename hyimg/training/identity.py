@@ -1,0 +1,194 @@
+"""What a run is, so far as it decides its numbers: options, dataset, caches, base model, length.
+
+A state carries the identity of the run that saved it. A resumed run ends in the same bits only where its own
+is the same, so `differences` is what stands between the two, in the user's words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hyimg import __version__
+from hyimg.config.commands import TrainConfig
+from hyimg.config.dataset import CachesInTraining, DatasetOptions, DryRun, LatentCaching
+from hyimg.config.load import flatten
+from hyimg.config.models import TextEncoderFiles, VAEFile
+from hyimg.config.option import all_options, groups_of, options_of
+from hyimg.config.run import Hub, Logging, Metadata, Saving, Validation
+from hyimg.config.tools import Common
+from hyimg.data.sample import Sample
+from hyimg.data.training_data import TrainingData
+from hyimg.model.safetensors_file import Checkpoint
+from hyimg.training.run_file import plain
+from hyimg.training.steps import Schedule
+
+# These say where things are and what is kept and told. What comes of the files is compared by content
+_FREE_GROUPS = (
+    *(VAEFile, TextEncoderFiles, DatasetOptions, LatentCaching, CachesInTraining),
+    *(Saving, Logging, Metadata, Validation, Hub, DryRun, Common),
+)
+_NOT_FREE = frozenset({"latent_sampling", "ema_decay"})
+_FREE = frozenset(
+    {
+        *("dit", "base_weights", "network_weights", "dim_from_weights"),  # by content
+        *("train_batch_size", "prior_loss_weight", "masked_loss"),  # by what the dataset becomes with them
+        *("max_train_steps", "max_train_epochs"),  # by the length, where the rate follows it
+        *("device", "disable_mmap_load_safetensors", "network_train_unet_only", "strict_patterns"),
+        # bit-equal with and without
+        *("blocks_to_swap", "gradient_checkpointing", "cpu_offload_checkpointing", "split_attn"),
+    }
+)
+# Schedules in which the rate of a step does not follow from how many there are
+_SCHEDULES_OF_ANY_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "adafactor")
+
+_FILES = {
+    "latent cache": "the latent cache is of another VAE",
+    "text cache": "the text cache is of other text encoders",
+    "base model": "`--dit` is another model",
+    "base weights": "`--base_weights` are other files",
+}
+
+_SAMPLED_BLOCKS = 64
+_BLOCK_BYTES = 4096
+
+
+def options_identity(config: TrainConfig) -> dict[str, Any]:
+    """Every option as JSON."""
+    return {name: plain(value) for name, value in flatten(config).items()}
+
+
+def run_identity(config: TrainConfig, data: TrainingData, schedule: Schedule) -> dict[str, Any]:
+    """The whole identity, as JSON. Reads a few blocks of the base model's files, and no tensor."""
+    assert config.dit.dit is not None
+    return {
+        "options": options_identity(config),
+        "dataset": dataset_identity(data.samples) | {"batches": schedule.batches_per_epoch},
+        "latent cache": data.latent_store.model_identity,
+        "text cache": data.text_store.model_identity,
+        "base model": checkpoint_identity(config.dit.dit),
+        "base weights": [checkpoint_identity(path) for path in config.network_training.base_weights],
+        "length": schedule.max_steps,
+    }
+
+
+def dataset_identity(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Counts, and digests of the images, of what is said of them, and of how they are used."""
+    return {
+        "images": len(samples),
+        "pictures": _digest((s.key, s.dataset_index, *(s.recipe(view) for view in s.views)) for s in samples),
+        "captions": _digest(s.prompts for s in samples),
+        "settings": _digest(
+            (
+                *(s.num_repeats, s.batch_size, s.weight, s.dataset.network_multiplier),
+                *(s.subset.caption_dropout_rate, s.subset.caption_dropout_every_n_epochs),
+                s.subset.custom_attributes,
+            )
+            for s in samples
+        ),
+    }
+
+
+def checkpoint_identity(path: Path) -> str:
+    """What tells one checkpoint from another in milliseconds: its headers and 64 blocks spread over each file.
+
+    A digest of everything would read 35 GB; weights that were trained differ in every block.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(Checkpoint.open(path).files):
+        size = file.stat().st_size
+        digest.update(f"{size}|".encode())
+        with open(file, "rb", buffering=0) as stream:
+            header_bytes = 8 + int.from_bytes(stream.read(8), "little")
+            stream.seek(0)
+            digest.update(stream.read(header_bytes))
+            for number in range(_SAMPLED_BLOCKS):
+                span = max(0, size - header_bytes - _BLOCK_BYTES)
+                stream.seek(header_bytes + span * number // (_SAMPLED_BLOCKS - 1))
+                digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def option_differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """A line for each option that decides numbers and is another one than in the state."""
+    defaults = {opt.name: plain(opt.default) for opt in all_options(TrainConfig)}
+    return [
+        f"`--{name}`: {_text(before)} then, {_text(own[name])} now"
+        for name in _options_that_matter()
+        # an option that the saving release did not know stood at its default
+        if (before := saved.get(name, defaults[name])) != own[name]
+    ]
+
+
+def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """A line for each part of a run's identity, its options apart, that is another one than in the state."""
+    found = _dataset_differences(saved["dataset"], own["dataset"])
+    found += [sentence for what, sentence in _FILES.items() if saved[what] != own[what]]
+    if saved["length"] != own["length"] and _rate_follows_length(own["options"]):
+        found.append(
+            f"the run has {own['length']} steps and had {saved['length']}, which the learning rate follows"
+        )
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the same run may round otherwise on."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "hyimg": __version__,
+        "torch": torch.__version__,
+        "GPU": name,
+        "number of threads": torch.get_num_threads(),
+    }
+
+
+def machine_differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """What of the machine is another than where the state was saved: numbers may round otherwise."""
+    return [f"{what} {saved[what]} then, {own[what]} now" for what in own if saved.get(what) != own[what]]
+
+
+def _options_that_matter() -> list[str]:
+    return [
+        option.name
+        for group in groups_of(TrainConfig).values()
+        for option in options_of(group)
+        if option.name in _NOT_FREE or (group not in _FREE_GROUPS and option.name not in _FREE)
+    ]
+
+
+def _dataset_differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    counts = ("images", "batches")
+    if any(saved[what] != own[what] for what in counts):
+        before, now = (" and ".join(f"{of[what]} {what}" for what in counts) for of in (saved, own))
+        return [f"the dataset: {before} an epoch then, {now} now"]
+    what_changed = {
+        "pictures": "images of the dataset are others",
+        "captions": "captions of the dataset are others",
+        "settings": "the dataset file says other repeats, batch sizes, weights or dropout",
+    }
+    return [sentence for what, sentence in what_changed.items() if saved[what] != own[what]]
+
+
+def _rate_follows_length(options: Mapping[str, Any]) -> bool:
+    in_fractions = 0 < (options["lr_warmup_steps"] or 0) < 1
+    any_length = options["lr_scheduler"] in _SCHEDULES_OF_ANY_LENGTH and not in_fractions
+    return options["lr_scheduler_type"] is not None or not any_length
+
+
+def _digest(values: Iterable[object]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for value in values:
+        digest.update(repr(value).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value is None or value == []:
+        return "not given"
+    return " ".join(f'"{item}"' for item in value) if isinstance(value, list) else f"{value}"

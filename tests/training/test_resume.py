@@ -1,0 +1,425 @@
+"""A run that goes on from a state ends in the same bits; a state of other settings is not taken unsaid."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hyimg.errors import HyimgError, RunError
+from hyimg.model.safetensors_file import read_header
+from hyimg.report import SilentReporter
+from hyimg.training.resume import Stateful
+from hyimg.training.state_folder import read_state
+from hyimg.training.state_parts import OptimizerPart, generators_part
+from hyimg.training.state_tree import equal, pack, unpack
+
+STEPS = 7  # of epochs of four batches
+WITH_STATES = {
+    "max_train_steps": STEPS,
+    "save_every_n_steps": 2,
+    "save_every_n_epochs": 1,
+    "save_state": True,
+}
+
+
+def contents(state):
+    """Every part of a state, tensors and all."""
+    return {name: unpack(tree, state.tensors(name)) for name, tree in state.document["parts"].items()}
+
+
+def metrics(folder):
+    lines = (folder / "lora.metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def assert_same_end(folder, expected):
+    first, second = (contents(read_state(place / "lora-state")) for place in (folder, expected))
+    assert first.keys() == second.keys()
+    for part in first:
+        assert equal(first[part], second[part]), part
+    assert metrics(folder) == metrics(expected)
+
+
+def states(folder):
+    return sorted(path.name for path in folder.glob("lora-*-state"))
+
+
+OPTIMIZERS = {
+    "AdamW": {},
+    # small tensors would otherwise keep their state in 32 bits
+    "AdamW8bit": {"optimizer_args": ("min_8bit_size=64",)},
+    "Adafactor": {},
+    "Adafactor of the guide": {
+        "optimizer_type": "Adafactor",
+        "optimizer_args": ("relative_step=False", "scale_parameter=False", "warmup_init=False"),
+    },
+    "SGDNesterov": {},
+}
+
+
+def assert_exact_from(names, train, tmp_path, options):
+    whole = train(**options).folder.directory
+    assert states(whole) == [
+        "lora-000001-state",
+        "lora-step00000002-state",
+        "lora-step00000004-state",
+        "lora-step00000006-state",
+    ]
+    for number, name in enumerate(names):
+        folder = tmp_path / f"resumed{number}"
+        shutil.copytree(whole, folder)
+        shutil.rmtree(folder / "lora-state")
+        train(**options, output_dir=folder, resume=str(folder / name))
+        assert_same_end(folder, whole)
+    return whole
+
+
+def test_a_run_from_any_of_its_states_ends_in_the_same_bits(train, tmp_path):
+    names = ["lora-000001-state", *(f"lora-step0000000{step}-state" for step in (2, 4, 6))]
+    assert_exact_from(names, train, tmp_path, WITH_STATES)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimiser_goes_on_exactly(train, tmp_path, optimizer, precision):
+    options = {"optimizer_type": optimizer, "mixed_precision": precision, "learning_rate": 1e-2}
+    options |= WITH_STATES | OPTIMIZERS[optimizer]
+    whole = assert_exact_from(["lora-step00000002-state"], train, tmp_path, options)
+    if optimizer == "AdamW8bit":
+        tensors = read_state(whole / "lora-state").tensors("optimizer").values()
+        assert any(tensor.dtype == torch.uint8 for tensor in tensors)
+
+
+@pytest.fixture
+def stopped(train, tmp_path):
+    """The folder of a run that has done 4 of 7 steps and has a state of step 2 and one of step 4."""
+    folder = tmp_path / "stopped"
+    train(**WITH_STATES | {"max_train_steps": 4}, output_dir=folder)
+    shutil.rmtree(folder / "lora-state")
+    return folder
+
+
+def go_on(train, folder, **options):
+    """The run after it was told to go on; of one image a step, so its epochs have four steps."""
+    return train(**WITH_STATES | {"output_dir": folder, "resume": "latest"} | options)
+
+
+def test_latest_is_the_newest_state_and_its_steps_are_not_done_again(train, stopped, spy):
+    steps = []
+    spy.on_start = lambda run: steps.append((run.step, run.epoch, run.resumed.saved.path.name))
+    run = go_on(train, stopped)
+    # the state of step 4 was saved before the epoch's end
+    assert steps == [(4, 0, "lora-step00000004-state")]
+    assert (run.step, run.epoch) == (STEPS, 1)
+
+
+def test_latest_goes_by_the_time_of_saving_and_not_by_the_step(train, stopped):
+    # a variant from step 2 that was stopped at step 3
+    train(
+        **WITH_STATES | {"max_train_steps": 3, "save_every_n_steps": 1},
+        output_dir=stopped,
+        resume=str(stopped / "lora-step00000002-state"),
+    )
+    shutil.rmtree(stopped / "lora-state")
+    run = go_on(train, stopped)
+    assert run.resumed.saved.path.name == "lora-step00000003-state"
+    assert [line["step"] for line in metrics(stopped)] == list(range(1, STEPS + 1))
+
+
+def test_a_half_written_or_damaged_state_is_left_out_with_a_warning(train, stopped, report):
+    (stopped / "lora-step00000006-state").mkdir()
+    next((stopped / "lora-step00000004-state").glob("optimizer-*")).write_bytes(b"")
+    run = go_on(train, stopped)
+    assert run.resumed.saved.path.name == "lora-step00000002-state"
+    assert len(report.warnings) == 2
+    assert "step00000006-state` is no whole state: `manifest.json` is missing" in report.warnings[0]
+    assert "step00000004-state` is no whole state: `optimizer-" in report.warnings[1]
+
+
+def test_where_no_state_is_whole_nothing_is_started_over(train, stopped):
+    for state in stopped.glob("*-state"):
+        (state / "manifest.json").unlink()
+    with pytest.raises(HyimgError, match="there is no whole state of `lora`"):
+        go_on(train, stopped)
+
+
+def test_latest_overwrites_only_what_cannot_go_on(train, stopped):
+    run = go_on(train, stopped, overwrite=True)
+    assert run.resumed.saved.path.name == "lora-step00000004-state"
+    assert "lora-step00000002-state" in states(stopped)
+    for state in stopped.glob("*-state"):
+        (state / "manifest.json").unlink()
+    run = go_on(train, stopped, overwrite=True, max_train_steps=2)
+    assert run.resumed is None
+    assert states(stopped) == ["lora-step00000002-state"]
+
+
+def test_latest_starts_a_run_that_has_left_nothing(train, tmp_path, report):
+    run = go_on(train, tmp_path / "fresh", max_train_steps=1)
+    assert (run.step, run.resumed) == (1, None)
+    assert any("starting at the first step" in warning for warning in report.warnings)
+
+
+def test_a_named_state_that_is_damaged_is_refused(train, stopped):
+    next((stopped / "lora-step00000004-state").glob("optimizer-*")).unlink()
+    with pytest.raises(HyimgError, match="`optimizer-.*` is missing"):
+        go_on(train, stopped, resume=str(stopped / "lora-step00000004-state"))
+
+
+def test_the_end_of_an_epoch_that_was_not_reached_is_made_up_for(train, stopped, spy):
+    shutil.rmtree(stopped / "lora-000001-state", ignore_errors=True)
+    for path in stopped.rglob("lora-000001.safetensors"):
+        path.unlink()
+    go_on(train, stopped, resume=str(stopped / "lora-step00000004-state"))
+    assert (stopped / "lora-000001.safetensors").is_file()
+    assert read_state(stopped / "lora-000001-state").document["step"] == 4
+
+
+def test_batches_of_the_epoch_that_are_done_are_not_loaded(train, stopped, spy):
+    loaded = []
+
+    def listen(run):
+        load = run.loader.load
+        run.loader.load = lambda batches, *, epoch: (
+            loaded.append((epoch, len(batches))) or load(batches, epoch=epoch)
+        )
+
+    spy.on_start = listen
+    go_on(train, stopped, resume=str(stopped / "lora-step00000002-state"))
+    assert loaded == [(1, 2), (2, 3)]
+    assert read_state(stopped / "lora-step00000002-state").document["batches_of_epoch"] == 2
+
+
+def test_every_image_is_seen_once_an_epoch_resumed_or_not(train, tmp_path, spy):
+    seen = []
+
+    def listen(run):
+        objective = run.objective
+        run.objective = lambda batch, epoch: (
+            seen.append((epoch, *batch.sample_keys)) or objective(batch, epoch)
+        )
+
+    spy.on_start = listen
+    options = {"output_dir": tmp_path / "run", "save_state_on_train_end": True}
+    train(**options, max_train_steps=3)
+    train(**options, max_train_epochs=2, resume="latest")
+    assert len(seen) == len(set(seen)) == 8
+
+
+def test_a_run_of_more_steps_goes_on_from_the_end_of_a_shorter_one(train, tmp_path):
+    options = {"save_state_on_train_end": True, "max_train_steps": STEPS}
+    whole = train(**options).folder.directory
+    train(**options | {"max_train_steps": 3}, output_dir=tmp_path / "grown")
+    train(**options, output_dir=tmp_path / "grown", resume="latest")
+    assert_same_end(tmp_path / "grown", whole)
+
+
+def test_a_state_past_the_end_of_the_run_is_refused(train, stopped):
+    with pytest.raises(HyimgError, match="is of step 4, and the run has 3"):
+        go_on(train, stopped, max_train_steps=3)
+
+
+def test_a_run_that_lacks_only_its_final_file_gets_it(train, stopped):
+    (stopped / "lora.safetensors").unlink()
+    assert go_on(train, stopped, max_train_steps=4).step == 4
+    assert (stopped / "lora.safetensors").is_file()
+
+
+def test_a_trackers_curve_and_the_time_of_the_start_go_on(train, stopped):
+    folder = stopped.parent / "logged"
+    options = WITH_STATES | {"output_dir": folder, "log_with": "tensorboard", "save_every_n_steps": 2}
+    first = train(**options | {"max_train_steps": 5})
+    run = train(**options, resume=str(folder / "lora-step00000002-state"))
+    assert run.log_name == first.log_name
+    (events,) = {path.parent for path in (folder / "logs").rglob("events.out.tfevents.*")}
+    curve = EventAccumulator(str(events)).Reload().Scalars("loss")
+    assert [event.step for event in curve] == list(range(1, STEPS + 1))
+    started = [read_header(run.saved[0]).metadata["ss_training_started_at"] for run in (first, run)]
+    assert started[0] == started[1]
+
+
+def test_a_drawn_seed_goes_on(train, tmp_path):
+    first = train(seed=None, output_dir=tmp_path / "run", save_state_on_train_end=True)
+    again = train(seed=None, output_dir=tmp_path / "run", resume="latest", max_train_steps=2)
+    assert first.seed == again.seed
+
+
+def test_a_state_goes_on_under_another_name_and_in_another_folder(train, stopped, tmp_path):
+    whole = train(**WITH_STATES).folder.directory
+    state = str(stopped / "lora-step00000004-state")
+    train(**WITH_STATES, resume=state, output_dir=tmp_path / "other")
+    assert_same_end(tmp_path / "other", whole)
+
+
+def test_a_used_name_is_free_for_its_own_states_only(train, stopped, tmp_path):
+    train(output_dir=tmp_path / "used")
+    state = str(stopped / "lora-step00000004-state")
+    with pytest.raises(HyimgError, match="holds a run named `lora` already") as caught:
+        train(**WITH_STATES, resume=state, output_dir=tmp_path / "used")
+    assert "latest" not in caught.value.hint
+    with pytest.raises(HyimgError, match="`--overwrite` would replace the run"):
+        go_on(train, stopped, resume=state, overwrite=True)
+    assert train(**WITH_STATES, resume=state, output_dir=tmp_path / "used", overwrite=True).step == STEPS
+
+
+def test_states_alone_make_a_name_used_and_overwriting_replaces_them(train, stopped):
+    for path in stopped.rglob("*.safetensors"):
+        if path.parent.name in (stopped.name, "comfy"):
+            path.unlink()
+    with pytest.raises(HyimgError, match="--resume latest"):
+        train(output_dir=stopped)
+    train(output_dir=stopped, overwrite=True)
+    assert states(stopped) == []
+
+
+# ---- other settings
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"learning_rate": 2e-4}, "`--learning_rate`: 0.0001 then, 0.0002 now"),
+        ({"gradient_accumulation_steps": 2}, "`--gradient_accumulation_steps`: 1 then, 2 now"),
+        ({"latent_sampling": "mean"}, "`--latent_sampling`: sample then, mean now"),
+        (
+            {"optimizer_args": ("weight_decay=0.5",)},
+            '`--optimizer_args`: not given then, "weight_decay=0.5" now',
+        ),
+        ({"seed": 2}, "`--seed`: 1 then, 2 now"),
+        ({"mixed_precision": "bf16"}, "`--mixed_precision`: no then, bf16 now"),
+        ({"ip_noise_gamma_random_strength": True}, "`--ip_noise_gamma_random_strength`: off then, on now"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_state_of_other_settings_is_refused_with_the_list(train, stopped, report, options, line):
+    before = sorted(stopped.rglob("*"))
+    with pytest.raises(HyimgError) as caught:
+        go_on(train, stopped, **options)
+    assert line in caught.value.message
+    assert "--resume_force" in caught.value.hint
+    assert sorted(stopped.rglob("*")) == before
+    assert go_on(train, stopped, **options, resume_force=True).step == STEPS
+    assert any(line in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"save_every_n_steps": 3, "save_state": False, "save_precision": "bf16"},
+        {"gradient_checkpointing": True, "max_data_loader_n_workers": 1},
+        {"training_comment": "x", "logging_dir": None, "log_config": True, "on_nan": "skip"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_changes_no_number_may_differ(train, stopped, report, options):
+    whole = metrics(train(**WITH_STATES).folder.directory)
+    go_on(train, stopped, **options)
+    assert metrics(stopped) == whole
+    assert report.warnings == []
+
+
+def test_a_copy_of_the_files_elsewhere_may_go_on(train, stopped, models, dataset, tmp_path):
+    whole = metrics(train(**WITH_STATES).folder.directory)
+    shutil.copytree(dataset.parent, tmp_path / "data")
+    shutil.copy(models[0].dit, tmp_path / "moved.safetensors")
+    go_on(train, stopped, dit=tmp_path / "moved.safetensors", dataset_config=tmp_path / "data" / dataset.name)
+    assert metrics(stopped) == whole
+
+
+def test_another_base_model_is_refused(train, stopped, models):
+    with pytest.raises(HyimgError, match="`--dit` is another model"):
+        go_on(train, stopped, dit=models[1].dit)
+
+
+@pytest.mark.parametrize(
+    ("line", "caches", "words"),
+    [
+        ("batch_size = 2", ((0, 0),), "4 images and 4 batches an epoch then, 4 images and 2 batches now"),
+        ("network_multiplier = 0.5", ((0, 0),), "other repeats, batch sizes, weights or dropout"),
+        ("", ((1, 0),), "the latent cache is of another VAE"),
+        ("", ((0, 1),), "the text cache is of other text encoders"),
+    ],
+)
+def test_another_dataset_is_a_difference(train, stopped, make_dataset, line, caches, words):
+    with pytest.raises(HyimgError, match=words):
+        go_on(train, stopped, dataset_config=make_dataset(line, caches))
+
+
+def test_what_the_settings_say_anew_wins_over_the_state(train, stopped):
+    run = go_on(train, stopped, learning_rate=0.5, resume_force=True)
+    assert run.optimizer.param_groups[0]["lr"] == 0.5
+    assert {line["learning_rate"] for line in metrics(stopped)} == {1e-4, 0.5}
+
+
+def test_another_optimiser_starts_anew_and_another_network_never(train, stopped, report):
+    with pytest.raises(HyimgError, match="the state is of another network"):
+        go_on(train, stopped, network_dim=8, resume_force=True)
+    go_on(train, stopped, optimizer_type="Adafactor", resume_force=True)
+    assert any("does not fit this run: it starts anew" in warning for warning in report.warnings)
+
+
+# ---- parts that others add
+
+
+def test_a_plugins_part_is_saved_and_put_back(train, tmp_path, spy):
+    def count(start):
+        def listen(run):
+            run.counter = {"steps": start, "of": torch.full((2,), float(start))}
+            run.remember(Stateful("counter", lambda: dict(run.counter), run.counter.update))
+
+        return listen
+
+    spy.on_start = count(5)
+    train(output_dir=tmp_path / "run", save_state_on_train_end=True)
+    spy.on_start = count(0)
+    again = train(output_dir=tmp_path / "run", resume="latest", max_train_steps=2)
+    assert (again.counter["steps"], again.counter["of"].tolist()) == (5, [5, 5])
+
+
+def test_a_part_that_the_state_lacks_is_refused_unless_forced(train, tmp_path, spy, report):
+    train(output_dir=tmp_path / "run", save_state_on_train_end=True)
+    spy.on_start = lambda run: run.remember(Stateful("counter", dict, dict))
+    options = {"output_dir": tmp_path / "run", "resume": "latest", "max_train_steps": 2}
+    with pytest.raises(HyimgError, match="holds no `counter`"):
+        train(**options)
+    assert train(**options, resume_force=True).step == 2
+
+
+def test_a_part_that_cannot_take_its_state_is_one_error(train, tmp_path, spy):
+    def refuse(state):
+        raise ValueError("no")
+
+    spy.on_start = lambda run: run.remember(Stateful("counter", dict, refuse))
+    train(output_dir=tmp_path / "run", save_state_on_train_end=True)
+    with pytest.raises(RunError, match="`counter` cannot go on from .*: ValueError: no"):
+        train(output_dir=tmp_path / "run", resume="latest", max_train_steps=2)
+
+
+def test_an_optimiser_keeps_the_type_of_its_state_beside_parameters_of_another():
+    parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    optimizer.state[parameter]["momentum_buffer"] = torch.full((4,), 1 / 3)
+    saved = OptimizerPart(optimizer, SilentReporter()).state_dict()
+    other = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    report = SilentReporter()
+    OptimizerPart(other, report).load_state_dict(saved)
+    assert torch.equal(other.state[parameter]["momentum_buffer"], torch.full((4,), 1 / 3))
+    assert report.warnings == []
+
+
+def test_generators_go_on_where_they_were():
+    part = generators_part(torch.device("cpu"))
+    tree, tensors = pack(part.state_dict())
+
+    def draw():
+        return torch.rand(2).tolist(), random.random(), np.random.rand(2).tolist()
+
+    first = draw()
+    part.load_state_dict(unpack(json.loads(json.dumps(tree)), tensors))
+    assert draw() == first

@@ -1,0 +1,296 @@
+"""Which files a run leaves: rotation as in the reference tool, saves that are asked for, and stopping by signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hyimg.errors import RunError, StoppedError, Terminated
+from hyimg.report import SilentReporter
+from hyimg.training import saving
+from hyimg.training.signals import StopRequest
+from hyimg.training.state_folder import read_state
+
+
+def names(folder, ending):
+    """What of the names ends so, without `lora` and the ending; the final file is ""."""
+    own = (path.name for path in folder.iterdir() if path.name.endswith(ending) and path.name[0] != ".")
+    return sorted(name.removeprefix("lora").removesuffix(ending) for name in own)
+
+
+def loras(folder):
+    """The numbers of the LoRA files, which are the same in both forms."""
+    found = names(folder, ".safetensors")
+    assert found == names(folder / "comfy", ".safetensors")
+    return found
+
+
+def steps(*numbers):
+    return [f"-step{number:08}" for number in numbers]
+
+
+def epochs(*numbers):
+    return [f"-{number:06}" for number in numbers]
+
+
+# ---- rotation; an epoch is four steps
+
+
+def test_step_saves_are_kept_so_many_steps_and_not_so_many_files(train):
+    # the reference tool's own example in tenths: every 10, last 30, at step 50 the file of step 10 goes
+    run = train(max_train_steps=5, save_every_n_steps=1, save_last_n_steps=3)
+    assert loras(run.folder.directory) == ["", *steps(2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("last", "kept"), [(1, (6,)), (2, (4, 6)), (3, (4, 6)), (4, (2, 4, 6)), (9, (2, 4, 6))]
+)
+def test_steps_between_saves_count_too(train, last, kept):
+    run = train(max_train_steps=7, save_every_n_steps=2, save_last_n_steps=last)
+    assert loras(run.folder.directory) == ["", *steps(*kept)]
+
+
+def test_epoch_saves_are_kept_so_many_files(train):
+    run = train(max_train_epochs=7, save_every_n_epochs=2, save_last_n_epochs=2)
+    assert loras(run.folder.directory) == ["", *epochs(4, 6)]
+
+
+def test_states_go_with_the_files_unless_they_have_a_number_of_their_own(train):
+    options = {"max_train_epochs": 2, "save_every_n_steps": 2, "save_last_n_steps": 4, "save_state": True}
+    folder = train(**options).folder.directory
+    assert names(folder, "-state") == loras(folder) == ["", *steps(4, 6, 8)]
+    folder = train(**options, save_last_n_steps_state=1).folder.directory
+    assert names(folder, "-state") == ["", *steps(8)]
+    assert loras(folder) == ["", *steps(4, 6, 8)]
+    options = {"max_train_epochs": 5, "save_every_n_epochs": 1, "save_state": True}
+    folder = train(**options, save_last_n_epochs_state=1).folder.directory
+    assert names(folder, "-state") == ["", *epochs(4)]
+    assert loras(folder) == ["", *epochs(1, 2, 3, 4)]
+
+
+def test_rotation_by_step_leaves_epochs_alone_and_other_names(train, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "lora2-step00000001-state").mkdir(parents=True)
+    (folder / "lora2-step00000001.safetensors").write_bytes(b"")
+    train(
+        output_dir=folder, max_train_steps=5, save_every_n_steps=1, save_every_n_epochs=1, save_last_n_steps=1
+    )
+    assert names(folder, ".safetensors") == ["", *epochs(1), *steps(4, 5), "2-step00000001"]
+    assert (folder / "lora2-step00000001-state").is_dir()
+
+
+def test_nothing_is_removed_before_the_new_one_is_whole(train, spy, monkeypatch):
+    write = saving.write_state
+
+    def full_at_step_2(path, document, *rest):
+        if document["step"] == 2:
+            raise RunError("the disk is full")
+        write(path, document, *rest)
+
+    monkeypatch.setattr(saving, "write_state", full_at_step_2)
+    with pytest.raises(RunError, match="the disk is full"):
+        train(max_train_steps=3, save_every_n_steps=1, save_last_n_steps_state=1, save_state=True)
+    assert names(spy.runs[-1].folder.directory, "-state") == steps(1)
+
+
+def test_a_state_at_the_end_needs_no_other_states(train):
+    folder = train(max_train_steps=2, save_every_n_steps=1, save_state_on_train_end=True).folder.directory
+    assert names(folder, "-state") == [""]
+    assert read_state(folder / "lora-state").document["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ({"save_last_n_steps": 1}, "`--save_every_n_steps`"),
+        ({"save_last_n_epochs": 1}, "`--save_every_n_epochs`"),
+        (
+            {"save_last_n_steps_state": 1, "save_every_n_steps": 1},
+            "`--save_every_n_steps` and `--save_state`",
+        ),
+    ],
+)
+def test_rotation_without_saves_is_warned_of(train, report, options, needed):
+    train(**options)
+    (name,) = [name for name in options if "last" in name]
+    assert report.warnings == [f"`--{name}` has no effect without {needed}"]
+
+
+# ---- saves that are asked for
+
+
+def test_a_file_asks_for_a_save_after_the_next_step(train, spy):
+    spy.on_start = lambda run: run.folder.save_now_path.touch()
+    folder = train(max_train_steps=2).folder.directory
+    assert loras(folder) == ["", *steps(1)]
+    assert names(folder, "-state") == steps(1)
+    assert not (folder / "lora.save-now").exists()
+
+
+def test_a_save_that_is_due_is_not_made_twice_where_one_is_asked_for(train, spy):
+    spy.on_start = lambda run: run.folder.save_now_path.touch()
+    run = train(max_train_steps=1, save_every_n_steps=1)
+    assert [path.name for path in run.saved if path.parent.name != "comfy"] == [
+        "lora-step00000001.safetensors",
+        "lora.safetensors",
+    ]
+    assert [path.name for path in run.saved_states] == ["lora-step00000001-state"]
+
+
+# ---- signals
+
+
+def interrupt_at(step, spy, number, times=1):
+    """Sends the signal to this process while the loss of a step is computed, in the first run only."""
+    left = [number] * times
+
+    def loss(prediction, target, context):
+        while left and spy.runs[-1].step == step - 1:
+            os.kill(os.getpid(), left.pop())
+        return (prediction - target).square().mean((1, 2, 3))
+
+    spy.losses["interrupted"] = loss
+    return {"loss_type": "interrupted"}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_finishes_the_step_and_says_how_to_go_on(train, spy, tmp_path, number, code):
+    before = [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
+    folder = tmp_path / "run"
+    with pytest.raises(StoppedError, match="after step 2 of 5") as caught:
+        train(output_dir=folder, max_train_steps=5, **interrupt_at(2, spy, number))
+    assert caught.value.exit_code == code
+    assert f"--config {folder / 'lora.run.toml'} --resume latest" in caught.value.hint
+    assert loras(folder) == names(folder, "-state") == steps(2)
+    assert [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)] == before
+    whole = train(max_train_steps=5, loss_type="interrupted").folder.directory
+    train(output_dir=folder, max_train_steps=5, loss_type="interrupted", resume="latest")
+    first, second = (load_file(place / "lora.safetensors") for place in (whole, folder))
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_the_second_signal_stops_at_once(train, spy, report, number, kind):
+    with pytest.raises(kind):
+        train(max_train_steps=5, save_every_n_steps=1, **interrupt_at(3, spy, number, times=2))
+    folder = spy.runs[-1].folder.directory
+    assert loras(folder) == steps(1, 2)
+    assert names(folder, "-state") == []
+    assert "stopped after step 2 of 5; the last saved file is" in report.warnings[-1]
+
+
+def test_a_signal_in_the_last_step_changes_nothing(train, spy):
+    run = train(max_train_steps=2, **interrupt_at(2, spy, signal.SIGINT))
+    assert loras(run.folder.directory) == [""]
+
+
+def test_in_another_thread_signals_stay_as_they_are():
+    before, inside = signal.getsignal(signal.SIGINT), []
+
+    def block():
+        with StopRequest(SilentReporter()):
+            inside.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    thread.join()
+    assert inside == [before]
+
+
+# ---- what is not finite
+
+
+def breaking(spy, *bad):
+    """A loss that is NaN in the steps of those numbers."""
+
+    def loss(prediction, target, context):
+        loss_B = (prediction - target).square().mean((1, 2, 3))
+        return loss_B * float("nan") if spy.runs[-1].step + 1 in bad else loss_B
+
+    spy.losses["breaking"] = loss
+    return {"loss_type": "breaking"}
+
+
+def test_a_loss_that_is_not_finite_names_image_timestep_and_module(train, spy, dataset):
+    with pytest.raises(RunError) as caught:
+        train(max_train_steps=5, save_every_n_steps=1, **breaking(spy, 3))
+    message = caught.value.message
+    assert message.startswith(f"the loss is not finite at step 3: `{dataset.parent / 'images'}")
+    assert ".png` at timestep " in message
+    assert message.endswith("and the gradient of `double_blocks.0.img_mod.linear` first")
+    assert "lora-step00000002.safetensors` is from before" in caught.value.hint
+
+
+def test_a_gradient_that_is_not_finite_names_the_module_that_it_begins_in(train, spy):
+    def break_one(run):
+        lora = dict(run.network.named_modules())["lora_unet_single_blocks_1_linear2"]
+        lora.lora_up.weight.register_hook(lambda gradient: gradient * float("inf"))
+
+    spy.on_start = break_one
+    with pytest.raises(RunError) as caught:
+        train()
+    assert caught.value.message.startswith("the gradient is not finite at step 1: `")
+    assert caught.value.message.endswith("and the gradient of `single_blocks.1.linear2` first")
+
+
+def test_of_many_images_those_are_named_whose_loss_is_not_finite(train, spy):
+    def loss(prediction, target, context):
+        loss_B = (prediction - target).square().mean((1, 2, 3))
+        return torch.cat([loss_B[:2], loss_B[2:] * float("nan")])
+
+    spy.losses["last two"] = loss
+    with pytest.raises(RunError) as caught:
+        train(train_batch_size=4, loss_type="last two")
+    assert caught.value.message.count(".png` at timestep ") == 2
+
+
+def test_of_many_images_a_few_are_named_where_all_are_to_blame(train, spy, make_dataset):
+    spy.on_start = lambda run: run.parameters[0].register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(RunError) as caught:
+        train(dataset_config=make_dataset("batch_size = 3"), gradient_accumulation_steps=2)
+    assert caught.value.message.count(".png` at timestep ") == 4
+    assert " more, " not in caught.value.message
+
+
+def test_a_step_that_is_not_finite_can_be_left_out(train, spy, report):
+    run = train(max_train_steps=4, on_nan="skip", **breaking(spy, 2, 3))
+    lines = [json.loads(line) for line in run.folder.metrics_path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["loss"] is None for line in lines] == [False, True, True, False]
+    assert [line["gradient_norm"] is None for line in lines] == [False, True, True, False]
+    assert lines[2]["loss_smoothed"] == lines[0]["loss_smoothed"] == lines[0]["loss"]
+    assert [warning.rpartition(": ")[2] for warning in report.warnings] == [
+        "left out (1 step so far)",
+        "left out (2 steps so far)",
+    ]
+    (group,) = run.optimizer.param_groups
+    assert {int(run.optimizer.state[p]["step"]) for p in group["params"]} == {2}
+
+
+def test_a_step_that_was_left_out_has_changed_no_weight(train, spy):
+    with_bad = train(max_train_steps=2, on_nan="skip", **breaking(spy, 2)).folder.directory
+    without = train(max_train_steps=1).folder.directory
+    first, second = (load_file(folder / "lora.safetensors") for folder in (with_bad, without))
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_ten_in_a_row_stop_a_run_that_leaves_them_out(train, spy):
+    bad = [step for step in range(2, 30) if step != 5]
+    with pytest.raises(RunError, match="at step 15: .*; it is step 10 of such in a row"):
+        train(max_train_steps=40, on_nan="skip", **breaking(spy, *bad))
+
+
+def test_the_count_of_steps_left_out_is_part_of_the_state(train, spy, tmp_path):
+    options = {"output_dir": tmp_path / "run", "on_nan": "skip", "save_state_on_train_end": True}
+    options |= breaking(spy, *range(1, 40))
+    train(**options, max_train_steps=6)
+    with pytest.raises(RunError, match="at step 10: "):
+        train(**options, max_train_steps=20, resume="latest")
