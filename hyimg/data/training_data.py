@@ -21,7 +21,7 @@ from hyimg.cache.entries import DamagedEntryError, MissingEntryError
 from hyimg.cache.latents import LatentEntry, LatentStore
 from hyimg.cache.text import TextEntry, TextStore
 from hyimg.data.batches import Batch
-from hyimg.data.sample import Sample, choose
+from hyimg.data.sample import Choice, Sample, choose
 from hyimg.errors import HyimgError
 
 
@@ -52,12 +52,22 @@ class LoadedBatch:
 
 
 class TrainingData(torch.utils.data.Dataset[LoadedBatch]):
-    """Reads batches of `samples` from the stores; an item is asked for as (epoch, batch)."""
+    """Reads batches of `samples` from the stores; an item is asked for as (epoch, batch).
+
+    With `plain` a sample always shows the same: the first variant of its caption, not mirrored.
+    """
 
     def __init__(
-        self, samples: Sequence[Sample], latent_store: LatentStore, text_store: TextStore, *, seed: int
+        self,
+        samples: Sequence[Sample],
+        latent_store: LatentStore,
+        text_store: TextStore,
+        *,
+        seed: int,
+        plain: bool = False,
     ) -> None:
         self.samples = samples
+        self.plain = plain
         self.latent_store = latent_store
         self.text_store = text_store
         self.seed = seed
@@ -67,7 +77,9 @@ class TrainingData(torch.utils.data.Dataset[LoadedBatch]):
         epoch, batch = request
         samples = [self.samples[place] for place in batch.samples]
         choices = [
-            choose(sample, seed=self.seed, epoch=epoch, repeat=repeat)
+            Choice(sample.prompts[0], flipped=False)
+            if self.plain
+            else choose(sample, seed=self.seed, epoch=epoch, repeat=repeat)
             for sample, repeat in zip(samples, batch.repeats, strict=True)
         ]
         latents: list[LatentEntry] = []

@@ -61,8 +61,8 @@ class Objective:
         loss_B = self.evaluate(drawn, collate(batch.text), weight_map_B1HW)
         return loss_B * batch.weights_B.to(loss_B.device), drawn.sigma_B
 
-    def draw(self, batch: LoadedBatch, epoch: int) -> NoisedBatch:
-        """Everything random about a batch, by key."""
+    def draw(self, batch: LoadedBatch, epoch: int | str) -> NoisedBatch:
+        """Everything random about a batch, by key; `epoch` is a word outside of training ("validation")."""
         samples = list(zip(batch.sample_keys, batch.repeats, strict=True))
         keys = [(self.seed, epoch, key, repeat) for key, repeat in samples]
         shape = batch.mean_BCHW.shape[1:]
@@ -120,7 +120,7 @@ class Objective:
         if (
             not isinstance(loss_B, Tensor)
             or loss_B.shape != context.sigma_B.shape
-            or not loss_B.requires_grad
+            or loss_B.requires_grad != torch.is_grad_enabled()
         ):
             shape = list(loss_B.shape) if isinstance(loss_B, Tensor) else type(loss_B).__name__
             raise RunError(
