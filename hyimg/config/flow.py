@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from hyimg.config.option import option
 
@@ -32,6 +33,9 @@ class FlowMatching:
     mode_scale: float = option(1.29, help="scale for mode")
     min_timestep: float = option(0, minimum=0, maximum=1000, help="lowest timestep that is drawn")
     max_timestep: float = option(1000, minimum=0, maximum=1000, help="highest timestep that is drawn")
+    show_timesteps: Path | None = option(
+        None, help="draw the noise levels that training would see into this PNG, and train nothing"
+    )
     ip_noise_gamma: float | None = option(None, minimum=0, help="input perturbation (try 0.1)")
     ip_noise_gamma_random_strength: bool = option(
         False, help="draw its strength between 0 and `--ip_noise_gamma`"

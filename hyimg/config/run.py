@@ -139,19 +139,30 @@ class Metadata:
 class Validation:
     """Validation and samples."""
 
-    validation_split: float = option(0.0, minimum=0, maximum=1, help="share held out", later=_TRAINING)
-    validation_seed: int | None = option(None, help="seed of the split", later=_TRAINING)
-    validate_every_n_steps: int | None = option(None, minimum=1, help="validate so often", later=_TRAINING)
-    validate_every_n_epochs: int | None = option(None, minimum=1, help="validate so often", later=_TRAINING)
-    max_validation_steps: int | None = option(None, minimum=1, help="batches at most", later=_TRAINING)
+    validation_split: float | None = option(
+        None,
+        minimum=0,
+        maximum=0.9,
+        help="share of each subset's images that is held back, where the dataset file does not say it",
+    )
+    validation_seed: int | None = option(None, minimum=0, help="which images these are (not given: 0)")
+    validate_every_n_steps: int | None = option(None, minimum=1, help="validate after every so many steps")
+    validate_every_n_epochs: int | None = option(
+        None, minimum=1, help="validate after every so many epochs (neither given: each epoch)"
+    )
+    max_validation_steps: int | None = option(
+        None, minimum=1, help="batches of held-back images, and of training images beside them, at most"
+    )
     sample_prompts: Path | None = option(
         None,
-        help="prompt file for samples while training",
-        later="use `hyimg sample` after the run",
+        is_input=True,
+        help="prompt file for samples while training: txt, toml or json; `cache-text --sample_prompts` encodes them",
     )
-    sample_every_n_steps: int | None = option(None, minimum=1, help="sample so often", later=_TRAINING)
-    sample_every_n_epochs: int | None = option(None, minimum=1, help="sample so often", later=_TRAINING)
-    sample_at_first: bool = option(False, help="sample before the first step", later=_TRAINING)
+    sample_every_n_steps: int | None = option(None, minimum=1, help="samples after every so many steps")
+    sample_every_n_epochs: int | None = option(
+        None, minimum=1, help="samples after every so many epochs (nothing given: each epoch)"
+    )
+    sample_at_first: bool = option(False, help="samples before the first step")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ from hyimg.model.dit import DiT
 from hyimg.model.header_check import read_dit
 from hyimg.model.safetensors_file import Checkpoint
 from hyimg.report import Reporter, count_text, size_text
+from hyimg.training.evaluation_setup import make_evaluation
 from hyimg.training.identity import run_identity
 from hyimg.training.loop import train_loop
 from hyimg.training.metadata import training_metadata
@@ -42,8 +43,10 @@ from hyimg.training.objective import Objective
 from hyimg.training.preparation import Preparation, open_encoders, open_training_workspace, prepare
 from hyimg.training.resume import Stateful
 from hyimg.training.run import Run
+from hyimg.training.samples import prompts_of_samples
 from hyimg.training.state_parts import OptimizerPart, generators_part, network_part
 from hyimg.training.steps import Schedule
+from hyimg.training.timestep_plot import show_timesteps
 
 _SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -68,6 +71,9 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
     if config.logging.output_config:
         folder.write_config(config)
         report.note(f"wrote {folder.config_path}; nothing was trained")
+        return TrainResult([], 0, prepared.seed)
+    if config.flow.show_timesteps is not None:
+        show_timesteps(prepared, report)
         return TrainResult([], 0, prepared.seed)
     workspace = open_training_workspace(config, report)
     loader = _open_data(prepared, workspace)
@@ -110,6 +116,14 @@ def _make_run(
     optimizer = prepared.make_optimizer(
         network.parameter_groups(prepared.learning_rate), prepared.learning_rate
     )
+    objective = Objective(
+        dit,
+        prepared.loss,
+        prepared.timestep_sampler,
+        config.flow,
+        prepared.seed,
+        posterior_mean=config.caching.latent_sampling == "mean",
+    )
     optimizer_part = OptimizerPart(optimizer, report).part
     log_name = _log_name(prepared)
     started = resumed.started if resumed is not None else time.time()
@@ -119,14 +133,7 @@ def _make_run(
         folder=prepared.folder,
         schedule=schedule,
         loader=loader,
-        objective=Objective(
-            dit,
-            prepared.loss,
-            prepared.timestep_sampler,
-            config.flow,
-            prepared.seed,
-            posterior_mean=config.caching.latent_sampling == "mean",
-        ),
+        objective=objective,
         network=network,
         optimizer=optimizer,
         accelerator=_accelerator(prepared, log_name),
@@ -141,6 +148,7 @@ def _make_run(
             skip=config.saving.on_nan == "skip",
             image_paths={sample.key: sample.image_path for sample in workspace.found.samples},
         ),
+        evaluation=make_evaluation(prepared, workspace, loader.data, objective),
         identity=identity,
         log_name=log_name,
         started=started,
@@ -163,14 +171,15 @@ def _open_data(prepared: Preparation, workspace: Workspace) -> BatchLoader:
     encoders = open_encoders(config, workspace)
     latents = latent_store_for_training(
         workspace.latents_dir,
-        samples,
+        workspace.all_samples,
         index=workspace.index,
         identity=file_identity(config.vae.vae, workspace.index) if config.vae.vae is not None else None,
         dataset_config=config.dataset.dataset_config,
     )
     texts = text_store_for_training(
         workspace.text_dir,
-        samples,
+        workspace.all_samples,
+        prompts_of_samples(config.validation),
         index=workspace.index,
         identity=encoders.identity if encoders is not None else None,
         dataset_config=config.dataset.dataset_config,

@@ -40,7 +40,13 @@ _FREE = frozenset(
         *("max_train_steps", "max_train_epochs"),  # by the length, where the rate follows it
         *("device", "disable_mmap_load_safetensors", "network_train_unet_only", "strict_patterns"),
         # bit-equal with and without
-        *("blocks_to_swap", "gradient_checkpointing", "cpu_offload_checkpointing", "split_attn"),
+        *(
+            "blocks_to_swap",
+            "gradient_checkpointing",
+            "checkpoint_keep",
+            "cpu_offload_checkpointing",
+            "split_attn",
+        ),
     }
 )
 # Schedules in which the rate of a step does not follow from how many there are

@@ -43,6 +43,8 @@ def train_loop(run: Run) -> None:
     notify("hyimg_run_start", run=run)
     progress = run.report.task("train", schedule.max_steps, unit="step", done=run.step)
     with progress as task, StopRequest(run.report) as stop:
+        if run.step == 0:
+            run.evaluation.at_start(run)
         for epoch in schedule.epochs(after_step=run.step, ended=run.epoch):
             batches = run.loader.load(epoch.batches, epoch=epoch.number)
             for step in epoch.steps:
@@ -51,10 +53,12 @@ def train_loop(run: Run) -> None:
                 run.step = step.number
                 notify("hyimg_step_end", run=run, step=step.number, loss_B=result.loss_B)
                 _log(run, task, epoch, result, time.perf_counter() - started)
+                run.evaluation.after_step(run)
                 save_after_step(run)
                 stop_if_asked(run, stop)
             if epoch.complete:
                 run.epoch = epoch.number
+                run.evaluation.after_epoch(run)
                 save_after_epoch(run)
                 notify("hyimg_epoch_end", run=run, epoch=epoch.number)
                 stop_if_asked(run, stop)

@@ -80,7 +80,7 @@ class Objective:
         sigma_B = sample_sigmas(
             self.timestep_sampler,
             draw(self.seed, epoch, samples),
-            self._timestep_context(*shape[-2:]),
+            timestep_context(self.flow, *shape[-2:]),
             min_timestep=self.flow.min_timestep,
             max_timestep=self.flow.max_timestep,
         )
@@ -143,15 +143,16 @@ class Objective:
         )
         return answer
 
-    def _timestep_context(self, latent_height: int, latent_width: int) -> TimestepContext:
-        flow = self.flow
-        return TimestepContext(
-            latent_height=latent_height,
-            latent_width=latent_width,
-            sigmoid_scale=flow.sigmoid_scale,
-            discrete_flow_shift=flow.discrete_flow_shift,
-            weighting_scheme=flow.weighting_scheme,
-            logit_mean=flow.logit_mean,
-            logit_std=flow.logit_std,
-            mode_scale=flow.mode_scale,
-        )
+
+def timestep_context(flow: FlowMatching, latent_height: int, latent_width: int) -> TimestepContext:
+    """What a timestep sampler is told of a batch of that latent size."""
+    return TimestepContext(
+        latent_height=latent_height,
+        latent_width=latent_width,
+        sigmoid_scale=flow.sigmoid_scale,
+        discrete_flow_shift=flow.discrete_flow_shift,
+        weighting_scheme=flow.weighting_scheme,
+        logit_mean=flow.logit_mean,
+        logit_std=flow.logit_std,
+        mode_scale=flow.mode_scale,
+    )

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from hyimg.cache.atomic import require_writable_folder
 from hyimg.config.commands import TrainConfig
 from hyimg.config.load import replace
+from hyimg.config.rendering import Sampling
 from hyimg.data.workspace import Workspace, open_workspace
 from hyimg.encoders.text import TextEncoders
 from hyimg.errors import HyimgError
@@ -39,7 +40,9 @@ from hyimg.training.objective import Loss
 from hyimg.training.optimizers import Groups, resolve_optimizer
 from hyimg.training.resume import Resumed, find_state
 from hyimg.training.run_folder import RunFolder
+from hyimg.training.samples import SamplePlan, require_prompts
 from hyimg.training.saving import warn_of_idle_saving
+from hyimg.training.validation import require_held_back
 
 _HUBER_OPTIONS = ("huber_c", "huber_scale", "huber_schedule")
 
@@ -60,6 +63,7 @@ class Preparation:
     timestep_sampler: TimestepSampler
     make_optimizer: Callable[[Groups, float], Optimizer]
     plugins: Plugins
+    sample_plan: SamplePlan | None
     folder: RunFolder
     resumed: Resumed | None = None
 
@@ -95,6 +99,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     if config.vae.vae is not None:
         check_vae(config.vae.vae)
     _check_flow(config, arch, report)
+    require_prompts(config.validation, config.vae.vae)
     plugins = load_plugins(config.common.plugin)
     sampling = plugins.canonical("timestep_samplers", config.flow.timestep_sampling)
     idle = idle_weighting(config.flow.weighting_scheme, sampling, config.flow.model_prediction_type)
@@ -129,6 +134,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
         timestep_sampler=plugins.resolve("timestep_samplers", sampling),
         make_optimizer=make_optimizer,
         plugins=plugins,
+        sample_plan=_sample_plan(config, arch, plugins),
         folder=folder,
         resumed=resumed,
     )
@@ -141,11 +147,10 @@ def open_training_workspace(config: TrainConfig, report: Reporter) -> Workspace:
         report,
         batch_size=config.duration.train_batch_size,
         prior_loss_weight=config.loss.prior_loss_weight,
+        validation_split=config.validation.validation_split,
+        validation_seed=config.validation.validation_seed,
     )
-    if workspace.found.validation:
-        raise HyimgError(
-            "`validation_split` is not available yet", hint="take it out of the dataset file, or set it to 0"
-        )
+    require_held_back(config.validation, workspace.found.validation)
     has_mask = any(s.subset.alpha_mask or s.mask_path is not None for s in workspace.found.samples)
     if config.loss.masked_loss and not has_mask:
         report.warning(
@@ -161,6 +166,17 @@ def open_encoders(config: TrainConfig, workspace: Workspace | None = None) -> Te
         return None
     memo = workspace.index if workspace is not None else None
     return TextEncoders.open(files.text_encoder, files.byt5, files.tokenizer, fp8=files.fp8_vl, memo=memo)
+
+
+def _sample_plan(config: TrainConfig, arch: DiTArch, plugins: Plugins) -> SamplePlan | None:
+    """The samples that are asked for, their prompts read once so that what is wrong with them is found now."""
+    path = config.validation.sample_prompts
+    if path is None:
+        return None
+    assert config.duration.seed is not None
+    plan = SamplePlan(path, arch, Sampling(), config.duration.seed, plugins)
+    plan.read()
+    return plan
 
 
 def _resumed(config: TrainConfig, folder: RunFolder, report: Reporter) -> Resumed | None:

@@ -17,6 +17,7 @@ from hyimg.data.training_data import BatchLoader
 from hyimg.lora.network import LoRANetwork
 from hyimg.plugins import Plugins
 from hyimg.report import Reporter
+from hyimg.training.evaluation import Evaluation
 from hyimg.training.metrics import MetricsLog, MovingAverage
 from hyimg.training.nonfinite import NonFiniteGuard
 from hyimg.training.objective import Objective
@@ -58,6 +59,7 @@ class Run:
     step: int = 0
     epoch: int = 0
     average: MovingAverage = field(default_factory=MovingAverage)
+    evaluation: Evaluation = field(default_factory=Evaluation)
     parts: list[Stateful] = field(default_factory=list)
     evaluation_modes: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
     saved: list[Path] = field(default_factory=list)

@@ -33,6 +33,7 @@ from hyimg.lora.file import convert, save_lora
 from hyimg.training.run_file import config_toml
 
 COMFY_FOLDER = "comfy"
+SAMPLE_FOLDER = "sample"
 
 # In the folder of files that are set aside, once all of them are
 _ALL_ASIDE = "all"
@@ -67,6 +68,14 @@ class RunFolder:
     def state_path(self, *, epoch: int | None = None, step: int | None = None) -> Path:
         """The folder of the state after an epoch or a step, or at the end."""
         return self.directory / f"{self._stem(epoch, step)}-state"
+
+    @property
+    def sample_dir(self) -> Path:
+        return self.directory / SAMPLE_FOLDER
+
+    def sample_path(self, number: int, *, epoch: int | None = None, step: int | None = None) -> Path:
+        """The picture of a prompt (counted from 1) after an epoch or a step."""
+        return self.sample_dir / f"{self._stem(epoch, step)}-{number:02}.png"
 
     def _stem(self, epoch: int | None, step: int | None) -> str:
         suffix = f"-{epoch:06}" if epoch is not None else f"-step{step:08}" if step is not None else ""

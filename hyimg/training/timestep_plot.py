@@ -10,12 +10,33 @@ from torch import Tensor
 
 from hyimg.cache.atomic import atomic_path
 from hyimg.flow.timesteps import TimestepContext, TimestepSampler, draw, sample_sigmas
+from hyimg.model.architecture import SPATIAL_FACTOR
+from hyimg.report import Reporter
 from hyimg.training.bands import BANDS, band_name, band_of
+from hyimg.training.objective import timestep_context
+from hyimg.training.preparation import Preparation
 
 NUM_DRAWS = 20_000
 NUM_BARS = 50
 _WIDTH, _HEIGHT, _MARGIN, _BASE = 900, 420, 40, 360
 _BAR, _LINE, _TEXT = (70, 110, 180), (200, 200, 200), (30, 30, 30)
+
+
+def show_timesteps(prepared: Preparation, report: Reporter) -> None:
+    """Writes the plot that `--show_timesteps` asks for, at the size of a 2048x2048 picture, and says the shares."""
+    flow = prepared.config.flow
+    assert flow.show_timesteps is not None
+    side = 2048 // SPATIAL_FACTOR
+    timestep_B = draw_timesteps(
+        prepared.timestep_sampler,
+        timestep_context(flow, side, side),
+        seed=prepared.seed,
+        min_timestep=flow.min_timestep,
+        max_timestep=flow.max_timestep,
+    )
+    plot_timesteps(timestep_B, flow.show_timesteps, f"--timestep_sampling {flow.timestep_sampling}")
+    shares = ", ".join(f"{band[1:]} {share:.1%}" for band, share in band_shares(timestep_B).items())
+    report.note(f"timesteps: {shares}; wrote {flow.show_timesteps}, and nothing was trained")
 
 
 def draw_timesteps(

@@ -24,8 +24,7 @@ from hyimg.data.training_data import LoadedBatch, TrainingData
 from hyimg.errors import HyimgError
 from hyimg.model.conditioning import collate
 from hyimg.randomness import keyed_random
-from hyimg.report import Reporter
-from hyimg.training.bands import BANDS, band_of, band_name
+from hyimg.training.bands import BANDS, band_name, band_of
 from hyimg.training.objective import Objective
 
 # What draws are keyed by in place of an epoch, so that they are never those of training
@@ -140,7 +139,7 @@ class Cadence:
         return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0
 
 
-def require_held_back(options: Validation, held_back: Sequence[Sample], report: Reporter) -> None:
+def require_held_back(options: Validation, held_back: Sequence[Sample]) -> None:
     """Raises HyimgError where validation is asked for and no image is held back for it."""
     asked = [
         name
