@@ -35,28 +35,30 @@ class Evaluation:
     def at_start(self, run: Run) -> None:
         """Before the first step: what the losses are measured against, and `--sample_at_first`."""
         if self.validator is not None:
-            _validate(run, self.validator)
+            _validate(run, self.validator, epoch=0)
         if self.samples is not None and self.sample_cadence.at_first:
             _render_samples(run, self.samples, step=0)
 
     def after_step(self, run: Run) -> None:
+        """After a step, in the epoch that is under way."""
         if self.validator is not None and self.validation_cadence.after_step(run.step):
-            _validate(run, self.validator)
+            _validate(run, self.validator, epoch=run.epoch + 1)
         if self.samples is not None and self.sample_cadence.after_step(run.step):
             _render_samples(run, self.samples, step=run.step)
 
     def after_epoch(self, run: Run) -> None:
+        """After an epoch; what its last step has asked already is not asked again."""
         by_step = self.validation_cadence.after_step(run.step)
         if self.validator is not None and self.validation_cadence.after_epoch(run.epoch) and not by_step:
-            _validate(run, self.validator)
+            _validate(run, self.validator, epoch=run.epoch)
         if self.samples is not None and self.sample_cadence.after_epoch(run.epoch):
             _render_samples(run, self.samples, epoch=run.epoch)
 
 
-def _validate(run: Run, validator: Validator) -> None:
+def _validate(run: Run, validator: Validator, *, epoch: int) -> None:
     with _undisturbed(run):
         values = validator.measure()
-    run.metrics.write({"step": run.step, "epoch": run.epoch, **values})
+    run.metrics.write({"step": run.step, "epoch": epoch, **values})
     run.accelerator.log(values, step=run.step)
     run.report.note(
         f"step {run.step}: validation loss {values['validation_loss']:.4f}, on training images in the same way "

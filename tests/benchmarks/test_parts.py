@@ -42,7 +42,9 @@ def test_the_gpu_part_runs_on_a_cpu_too(tmp_path: Path) -> None:
     limits, *figures = gpu.measure(toy(tmp_path, only="37 streamed"))
     assert limits.values["to_device"] > 0
     streamed = [figure.values["streamed_bytes"] for figure in figures]
-    assert len(figures) == 5, "two modes of bf16, one of fp8 (compiling is left out), two under the guide's cap"
+    assert len(figures) == 5, (
+        "two modes of bf16, one of fp8 (compiling is left out), two under the guide's cap"
+    )
     assert min(streamed) > 0
     assert streamed[2] < 0.6 * streamed[0], "fp8 is about half of bf16"
 

@@ -1,0 +1,153 @@
+"""Validation and samples in a run: what they leave, and that training does not know of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+TIMES = ("seconds",)
+
+
+@pytest.fixture
+def prompts(tmp_path, own_dataset, fill, hyimg):
+    """A prompt file whose prompts are in the text cache of the dataset."""
+    path = tmp_path / "prompts.txt"
+    path.write_text(
+        "a red square --w 64 --h 96 --s 2\na cat --n blurry --s 2 --w 64 --h 64\n", encoding="utf-8"
+    )
+    code, _, err = hyimg(*fill("text", own_dataset, "--sample_prompts", path))
+    assert code == 0, err
+    return path
+
+
+@pytest.fixture
+def train(hyimg, own_dataset, tmp_path):
+    runs = iter(range(100))
+
+    def call(*extra, code=0):
+        folder = tmp_path / f"run{next(runs)}"
+        got, _, err = hyimg(
+            *("train", "--dit", "{dit}", "--dataset_config", own_dataset, "--output_dir", folder),
+            *"--max_train_epochs 2 --seed 7 --network_dim 4 --network_alpha 4 --learning_rate 1e-2".split(),
+            *"--mixed_precision no --save_precision float".split(),
+            *extra,
+        )
+        assert got == code, err
+        return folder, err
+
+    return call
+
+
+def lines(folder):
+    """(lines of steps, lines of validations), times left out."""
+    text = (folder / "lora.metrics.jsonl").read_text(encoding="utf-8")
+    every = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
+    return [x for x in every if "loss" in x], [x for x in every if "validation_loss" in x]
+
+
+def test_validating_and_sampling_change_no_bit_of_the_training(train, prompts):
+    held_back = ["--validation_split", "0.4"]
+    plain, _ = train(*held_back, "--max_validation_steps", "1", "--validate_every_n_epochs", "99")
+    watched, _ = train(
+        *held_back,
+        *("--validate_every_n_steps", "1", "--sample_prompts", prompts, "--vae", "{vae}"),
+        *("--sample_every_n_steps", "1", "--sample_at_first"),
+    )
+    assert lines(watched)[0] == lines(plain)[0]
+    first, second = load_file(plain / "lora.safetensors"), load_file(watched / "lora.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_held_back_images_are_asked_and_never_trained(train):
+    folder, err = train("--validation_split", "0.4")
+    steps, validations = lines(folder)
+    assert sum(line["samples"] for line in steps) == 2 * 3, "two of five are held back"
+    assert [(line["step"], line["epoch"]) for line in validations] == [(0, 0), (2, 1), (4, 2)]
+    assert "validation loss" in err
+    first, *_, last = validations
+    assert last["validation_train_loss"] < first["validation_train_loss"], "it has learnt something"
+    assert last["validation_divergence"] == pytest.approx(
+        last["validation_loss"] - last["validation_train_loss"]
+    )
+    bands = ["t0-250", "t250-500", "t500-750", "t750-1000"]
+    for name in ("validation_loss", "validation_train_loss"):
+        by_band = [first[f"{name}_{band}"] for band in bands]
+        assert first[name] == pytest.approx(sum(by_band) / len(by_band))
+
+
+def test_the_same_is_asked_at_every_validation_and_in_every_run(train):
+    still = ["--validation_split", "0.4", "--learning_rate", "1e-30", "--validate_every_n_steps", "1"]
+    _, first = lines(train(*still)[0])
+    values = [{k: v for k, v in line.items() if k.startswith("validation")} for line in first]
+    assert all(line == values[0] for line in values), "a model that stands still is measured the same"
+    _, other = lines(train(*still, "--timestep_sampling", "uniform", "--ip_noise_gamma", "0.3")[0])
+    assert {k: v for k, v in other[0].items() if k.startswith("validation")} == values[0]
+
+
+def test_the_range_of_timesteps_is_that_of_the_training(train):
+    _, validations = lines(train("--validation_split", "0.4", "--max_timestep", "400")[0])
+    bands = [key for key in validations[0] if key.startswith("validation_loss_t")]
+    assert bands == ["validation_loss_t0-250", "validation_loss_t250-500"]
+
+
+def test_samples_are_rendered_when_they_are_asked_for(train, prompts):
+    common = ["--sample_prompts", prompts, "--vae", "{vae}"]
+    folder, _ = train(*common)
+    assert [p.name for p in sorted((folder / "sample").iterdir())] == [
+        f"lora-{epoch:06}-{number:02}.png" for epoch in (1, 2) for number in (1, 2)
+    ]
+    assert Image.open(folder / "sample" / "lora-000001-01.png").size == (64, 96)
+    folder, _ = train(
+        *common, "--sample_every_n_steps", "3", "--sample_at_first", "--log_with", "tensorboard"
+    )
+    names = {p.name for p in (folder / "sample").iterdir()}
+    assert names == {f"lora-step{step:08}-{n:02}.png" for step in (0, 3) for n in (1, 2)} | {
+        f"lora-step{step:08}-{n:02}.png" for step in (6,) for n in (1, 2)
+    }
+
+
+def test_a_prompt_that_is_not_cached_is_refused_at_the_start_and_skipped_later(train, prompts, tmp_path):
+    text = prompts.read_text(encoding="utf-8")
+    prompts.write_text(text + "a blue whale --s 1\n", encoding="utf-8")
+    _, err = train("--sample_prompts", prompts, "--vae", "{vae}", code=2)
+    assert "a blue whale" in err
+    assert "cache-text" in err
+    prompts.write_text(text, encoding="utf-8")
+    plugin = tmp_path / "adds.py"
+    plugin.write_text(
+        "from hyimg.hookspecs import hookimpl\n"
+        "@hookimpl\ndef hyimg_run_start(run):\n"
+        f"    open({str(prompts)!r}, 'a').write('a blue whale --s 1\\n')\n"
+    )
+    folder, err = train("--sample_prompts", prompts, "--vae", "{vae}", "--plugin", plugin)
+    assert "no sample of prompt 3" in err
+    assert len(list((folder / "sample").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sample_every_n_steps", "1"], "`--sample_every_n_steps` without `--sample_prompts`"),
+        (["--sample_prompts", "{prompts}"], "`--sample_prompts` needs `--vae`"),
+        (["--validate_every_n_steps", "1"], "no image is held back"),
+        (["--validation_split", "0.01"], "validation_split"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_loaded(train, prompts, options, words):
+    folder, err = train(*(prompts if option == "{prompts}" else option for option in options), code=2)
+    assert words in err
+    assert not folder.exists()
+
+
+def test_show_timesteps_draws_them_and_trains_nothing(train, tmp_path):
+    folder, err = train("--show_timesteps", tmp_path / "t.png", "--timestep_sampling", "uniform")
+    assert Image.open(tmp_path / "t.png").size == (900, 420)
+    shares = [
+        float(part.split()[-1].rstrip("%")) for part in err.split("timesteps: ")[1].split(";")[0].split(",")
+    ]
+    assert shares == pytest.approx([25] * 4, abs=1.5)
+    assert not folder.exists()
