@@ -63,6 +63,8 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
     workspace = open_training_workspace(config, report)
     loader = _open_data(prepared, workspace)
     schedule = _schedule(prepared, workspace)
+    optimization = prepared.optimization
+    optimization.check_length(schedule.max_steps, report)
     _tell(prepared, workspace, schedule, report)
 
     with folder.claim(config, overwrite=config.saving.overwrite):
@@ -76,8 +78,8 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
         if config.training_memory.gradient_checkpointing:
             enable_gradient_checkpointing(dit)
         network = _network(prepared, dit)
-        optimizer = prepared.make_optimizer(
-            network.parameter_groups(prepared.learning_rate), prepared.learning_rate
+        stepper = optimization.stepper(
+            network.parameter_groups(optimization.learning_rate), schedule.max_steps
         )
         accelerator = _accelerator(prepared)
         with MetricsLog(folder.metrics_path) as metrics:
@@ -96,7 +98,7 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
                     posterior_mean=config.caching.latent_sampling == "mean",
                 ),
                 network=network,
-                optimizer=optimizer,
+                stepper=stepper,
                 accelerator=accelerator,
                 plugins=prepared.plugins,
                 metrics=metrics,
@@ -157,10 +159,11 @@ def _tell(prepared: Preparation, workspace: Workspace, schedule: Schedule, repor
         f"model: {arch.num_double}+{arch.num_single} blocks, hidden {arch.hidden}, "
         f"{config.compute.mixed_precision} on {prepared.device}"
     )
+    dtype = prepared.optimization.adapter_dtype
+    size = f"{size_text(dtype.itemsize * parameters)} in {str(dtype).removeprefix('torch.')}"
     report.note(
         f"network: {len(adapted)} of {len(prepared.plan)} modules, {parameters:,} parameters "
-        f"({size_text(4 * parameters)} in float32), rank {config.network.network_dim}, "
-        f"alpha {config.network.network_alpha:g}"
+        f"({size}), rank {config.network.network_dim}, alpha {config.network.network_alpha:g}"
     )
     report.note(
         f"data: {count_text(len(samples), 'image')}, {sum(s.num_repeats for s in samples)} an epoch with repeats, "
@@ -176,7 +179,7 @@ def _network(prepared: Preparation, dit: DiT) -> LoRANetwork:
     network = LoRANetwork.create(dit, seed=prepared.seed, plan=prepared.plan)
     if prepared.start is not None:
         network.load_state(prepared.start)
-    network.to(prepared.device)
+    network.to(prepared.device, prepared.optimization.adapter_dtype)
     network.attach(dit)
     return network
 

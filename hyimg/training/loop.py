@@ -60,20 +60,22 @@ def train_step(run: Run, step: Step, epoch: Epoch, batches: Iterable[LoadedBatch
     for batch in batches:
         run.network.set_multiplier(batch.network_multiplier)
         loss_B, _ = run.objective(batch, epoch.number)
-        torch.autograd.backward(loss_B.sum() / step.num_samples)
+        run.stepper.backward(loss_B.sum() / step.num_samples)
         losses.append(loss_B.detach())
     loss_B = torch.cat(losses).float().cpu()
-    max_norm = run.config.optimizer.max_grad_norm or math.inf
-    gradient_norm = float(torch.nn.utils.clip_grad_norm_(run.parameters, max_norm))
-    if not (math.isfinite(gradient_norm) and bool(torch.isfinite(loss_B).all())):
+    gradient_norm = run.stepper.gradient_norm()
+    loss_is_finite = bool(torch.isfinite(loss_B).all())
+    if loss_is_finite and run.stepper.overflowed(gradient_norm):
+        run.stepper.skip()
+        return loss_B, gradient_norm
+    if not (loss_is_finite and math.isfinite(gradient_norm)):
         raise RunError(
             f"the loss or its gradient is not finite at step {step.number} (loss {loss_B.mean():g})",
             hint="lower `--learning_rate`; files that were saved before are whole"
             if step.number > 1
             else "at the first step that comes of the model, the caches or `--network_weights`: check those files",
         )
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.stepper.step()
     return loss_B, gradient_norm
 
 
@@ -89,9 +91,7 @@ def _log(
     loss = float(loss_B.mean())
     smoothed = average.add(loss)
     values: dict[str, float] = {"loss": loss, "loss_smoothed": smoothed, "gradient_norm": gradient_norm}
-    # an optimiser that makes its own rate (Adafactor) has none to tell
-    rates = [float(group["lr"]) for group in run.optimizer.param_groups if group["lr"] is not None]
-    values |= {f"learning_rate_{i}" if i else "learning_rate": rate for i, rate in enumerate(rates)}
+    values |= run.stepper.told
     counts = {"samples": len(loss_B), "seconds": round(seconds, 6)}
     run.metrics.write({"step": run.step, "epoch": epoch.number, **values, **counts})
     run.accelerator.log(values, step=run.step)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from hyimg.cache.atomic import require_writable_folder
 from hyimg.config.commands import TrainConfig
@@ -34,7 +33,7 @@ from hyimg.plugins import Plugins, bind_arguments, load_plugins, parse_arguments
 from hyimg.randomness import keyed_seed
 from hyimg.report import Reporter
 from hyimg.training.objective import Loss
-from hyimg.training.optimizers import Groups, resolve_optimizer
+from hyimg.training.optimization import Optimization, prepare_optimization
 from hyimg.training.run_folder import RunFolder
 
 _HUBER_OPTIONS = ("huber_c", "huber_scale", "huber_schedule")
@@ -53,15 +52,9 @@ class Preparation:
     start: Mapping[str, Tensor] | None
     loss: Loss
     timestep_sampler: TimestepSampler
-    make_optimizer: Callable[[Groups, float], Optimizer]
+    optimization: Optimization
     plugins: Plugins
     folder: RunFolder
-
-    @property
-    def learning_rate(self) -> float:
-        """`--unet_lr`, or `--learning_rate`."""
-        rate = self.config.rate
-        return rate.unet_lr if rate.unet_lr is not None else rate.learning_rate
 
     @property
     def logging_dir(self) -> Path:
@@ -94,8 +87,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
         report.warning(idle)
     plan = _plan_network(config, arch, report)
     start = _start_weights(config, arch, plan, report)
-    optimizer = config.optimizer
-    make_optimizer = resolve_optimizer(plugins, optimizer.optimizer_type, optimizer.optimizer_args)
+    optimization = prepare_optimization(config, plugins, plan, device=device, report=report)
     assert config.saving.output_dir is not None
     folder = RunFolder(config.saving.output_dir, config.saving.output_name, config.saving.save_format)
     folder.check(overwrite=config.saving.overwrite)
@@ -111,7 +103,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
         start=start,
         loss=_loss(plugins, config),
         timestep_sampler=plugins.resolve("timestep_samplers", sampling),
-        make_optimizer=make_optimizer,
+        optimization=optimization,
         plugins=plugins,
         folder=folder,
     )

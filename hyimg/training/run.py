@@ -17,9 +17,11 @@ from hyimg.data.training_data import BatchLoader
 from hyimg.lora.network import LoRANetwork
 from hyimg.plugins import Plugins
 from hyimg.report import Reporter
+from hyimg.training.evaluation_weights import averaged_weights
 from hyimg.training.metrics import MetricsLog
 from hyimg.training.objective import Objective
 from hyimg.training.run_folder import RunFolder
+from hyimg.training.stepping import Stepper
 
 DEFAULT_STEPS = 1600
 """The length of a run that was given neither steps nor epochs, as in the reference tool."""
@@ -116,7 +118,7 @@ class Run:
     loader: BatchLoader
     objective: Objective
     network: LoRANetwork
-    optimizer: Optimizer
+    stepper: Stepper
     accelerator: Accelerator
     plugins: Plugins
     metrics: MetricsLog
@@ -128,13 +130,13 @@ class Run:
     saved: list[Path] = field(default_factory=list)
 
     @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters that the optimiser moves."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    def optimizer(self) -> Optimizer:
+        return self.stepper.optimizer
 
     def save(self, *, epoch: int | None = None, step: int | None = None) -> None:
         """Saves the LoRA as it is now, under the name of an epoch, of a step, or the final one."""
         path = self.folder.lora_path(epoch=epoch, step=step)
-        files = self.folder.save(path, self.network.state(), self.describe(self), self.save_dtype)
+        with averaged_weights(self.optimizer):
+            files = self.folder.save(path, self.network.state(), self.describe(self), self.save_dtype)
         self.saved += files
         self.report.note("saved " + " and ".join(str(file) for file in files))

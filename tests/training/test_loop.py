@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hyimg.config.optimizer import Optimizer
 from hyimg.errors import RunError
 from hyimg.model.safetensors_file import read_header
 from hyimg.training.loop import train_step
 from hyimg.training.run import Epoch, Step
+from hyimg.training.stepping import Stepper
 
 
 class OneParameter:
@@ -27,10 +27,7 @@ class OneParameter:
         self.run = SimpleNamespace(
             network=SimpleNamespace(set_multiplier=lambda value: setattr(self, "multiplier", value)),
             objective=lambda batch, epoch: (self.loss(torch.tensor(batch.numbers)), None),
-            accelerator=SimpleNamespace(backward=lambda loss: loss.backward()),
-            config=SimpleNamespace(optimizer=Optimizer(max_grad_norm=max_grad_norm)),
-            optimizer=torch.optim.SGD([self.parameter], lr=1.0),
-            parameters=[self.parameter],
+            stepper=Stepper(torch.optim.SGD([self.parameter], lr=1.0), max_grad_norm=max_grad_norm),
         )
 
     def step(self, *batches, multipliers=None):
