@@ -7,7 +7,7 @@ refused ones name the option to use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,12 +20,25 @@ Answer = Literal["accepted", "translated", "refused"]
 @dataclass(frozen=True)
 class LegacyFlag:
     """`takes_value` says whether a value follows the flag; `becomes` are the option and value that replace
-    it (value None: the flag's own); `text` is the note or the reason."""
+    it (value None: the flag's own); `adds` names an option of several values that all those of the flag are
+    added to, each rewritten by `rewrite`; `text` is the note or the reason."""
 
     answer: Answer
     text: str
     takes_value: bool = False
     becomes: tuple[str, str | None] | None = None
+    adds: str | None = None
+    rewrite: Callable[[str], str] = str
+
+
+def _wrapper_argument(pair: str) -> str:
+    """An argument of schedulefree's wrapper as one of its AdamW (Defazio et al., arXiv 2405.15682, algorithm 1)."""
+    name, equals, value = pair.partition("=")
+    if name.strip() == "momentum":
+        return f"betas=({value}, 0.999)"
+    if name.strip() == "weight_decay_at_y":
+        return f"weight_decay={value}"
+    return f"{name}{equals}{value}"
 
 
 def _accepted(text: str, *, takes_value: bool = False) -> LegacyFlag:
@@ -46,7 +59,6 @@ _NOISE = "it belongs to noise-prediction models; HunyuanImage learns a flow"
 _DATASET_FILE = "the dataset is described in a file: write one and give it with `--dataset_config`"
 _FIXED_VIEW = "it cannot be used with cached latents; leave it out"
 _FIXED_TEXT = "it cannot be used with cached text; leave it out"
-_NO_WRAPPER = "schedule-free optimisers are not available yet; use another `--optimizer_type`"
 _RESUMED = "a run that goes on from a saved state knows its epoch and step; leave it out"
 
 LEGACY: Mapping[str, LegacyFlag] = {
@@ -81,8 +93,13 @@ LEGACY: Mapping[str, LegacyFlag] = {
     "adaptive_noise_scale": _refused(_NOISE, takes_value=True),
     "network_train_text_encoder_only": _refused("text encoders are never trained for this model"),
     "text_encoder_lr": _refused("text encoders are never trained; use `--unet_lr`", takes_value=True),
-    "optimizer_schedulefree_wrapper": _refused(_NO_WRAPPER),
-    "schedulefree_wrapper_args": _refused(_NO_WRAPPER, takes_value=True),
+    "optimizer_schedulefree_wrapper": _becomes("optimizer_type", "AdamWScheduleFree"),
+    "schedulefree_wrapper_args": LegacyFlag(
+        "translated",
+        "is added to `--optimizer_args` here, `momentum` as the first of `betas`",
+        adds="optimizer_args",
+        rewrite=_wrapper_argument,
+    ),
     "save_n_epoch_ratio": _refused(
         "use `--save_every_n_epochs`, with the number of epochs divided by this one", takes_value=True
     ),
@@ -138,6 +155,12 @@ def translate_arguments(arguments: Sequence[str], known: frozenset[str], notes: 
         if name in DATASET_FLAGS:
             dataset[name] = value or ""
             continue
+        if flag.adds is not None:
+            values = [inline] if equals else []
+            while index < len(arguments) and not arguments[index].startswith("--"):
+                values.append(arguments[index])
+                index += 1
+            added += [f"--{flag.adds}", *map(flag.rewrite, values)] if values else []
         if flag.answer == "refused":
             refused.append((name, flag.text))
             continue
@@ -175,6 +198,7 @@ def translate_mapping(
 ) -> dict[str, Any]:
     """The keys of a run file with the reference tool's answered, as `translate_arguments` does for flags."""
     result: dict[str, Any] = {}
+    more: dict[str, list[str]] = {}
     dataset = {key: value for key, value in given.items() if key in DATASET_FLAGS and key not in known}
     dataset = {key: value for key, value in dataset.items() if value is not False}
     if dataset:
@@ -192,4 +216,10 @@ def translate_mapping(
             if flag.becomes is not None:
                 option, fixed = flag.becomes
                 result[option] = fixed if fixed is not None else value
-    return result
+            if flag.adds is not None:
+                more[flag.adds] = [flag.rewrite(str(item)) for item in _listed(value)]
+    return result | {option: [*_listed(result.get(option, [])), *values] for option, values in more.items()}
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -75,9 +75,7 @@ class Compute:
     mixed_precision: str = option(
         "bf16",
         choices=("no", "fp16", "bf16"),
-        help="type in which the models compute; `no` is float32",
-        later="fp16 needs a loss scaler; use bf16 or no",
-        available=("no",),
+        help="type in which the models compute; `no` is float32; fp16 trains with a scaled loss",
     )
     disable_mmap_load_safetensors: bool = option(
         False, help="read model files instead of mapping them into memory"

@@ -39,6 +39,7 @@ class Traits:
     exclusive_minimum: bool = False
     multiple_of: int | None = None
     count: int | None = None
+    steps_or_share: bool = False
     argument: bool = False
     synonyms: Mapping[str, str] = dataclasses.field(default_factory=dict)
     later: str | None = None
@@ -89,6 +90,7 @@ def option(
     exclusive_minimum: bool = False,
     multiple_of: int | None = None,
     count: int | None = None,
+    steps_or_share: bool = False,
     argument: bool = False,
     synonyms: Mapping[str, str] | None = None,
     later: str | None = None,
@@ -103,7 +105,8 @@ def option(
 
     `default` is the value where neither flag nor file gives one; None means "not given" (whether a command
     cannot do without is said in `commands.py`). `aliases` are further names without dashes. Bounds are
-    inclusive unless `exclusive_minimum`. `count` fixes how many values a tuple takes. `argument` makes it a
+    inclusive unless `exclusive_minimum`. `count` fixes how many values a tuple takes. `steps_or_share` is a number of
+    steps, or below 1 (or with a `%`) a share of them. `argument` makes it a
     positional argument. `synonyms` maps other spellings of a value to the one that is kept. `later` is the
     reason why a value other than the default (and those in `available`) is refused for now; `refused` maps
     values that never will be to the reason. `is_input` says that the path must be there to be read, `is_name`
@@ -119,6 +122,7 @@ def option(
         exclusive_minimum=exclusive_minimum,
         multiple_of=multiple_of,
         count=count,
+        steps_or_share=steps_or_share,
         argument=argument,
         synonyms=synonyms or {},
         later=later,

@@ -72,6 +72,8 @@ def _convert(opt: Option, raw: Any) -> Any:
             return int(number)
         except (ValueError, TypeError, OverflowError):
             raise ValueError(f"must be a whole number, got `{raw}`") from None
+    if opt.kind == "float" and opt.traits.steps_or_share:
+        return _steps_or_share(raw)
     if opt.kind == "float":
         try:
             number = float(raw)
@@ -88,6 +90,18 @@ def _convert(opt: Option, raw: Any) -> Any:
         raise ValueError(f"must be text, got `{raw}`")
     _encodable(raw)
     return opt.traits.synonyms.get(raw, raw)
+
+
+def _steps_or_share(raw: Any) -> float:
+    """A whole number of steps, or a share of them below 1, which `5%` is too."""
+    text = str(raw).strip()
+    try:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ValueError(f"must be a number of steps or a share below 1, got `{raw}`") from None
+    if number != number or (number >= 1 and (text.endswith("%") or not number.is_integer())):
+        raise ValueError(f"must be a whole number of steps or a share below 1, got `{raw}`")
+    return number
 
 
 def _encodable(text: str) -> str:

@@ -34,6 +34,7 @@ from hyimg.model.header_check import read_dit
 from hyimg.model.safetensors_file import Checkpoint
 from hyimg.report import Reporter, count_text, size_text
 from hyimg.training.evaluation_setup import make_evaluation
+from hyimg.training.evaluation_weights import averaged_weights
 from hyimg.training.identity import run_identity
 from hyimg.training.loop import train_loop
 from hyimg.training.metadata import training_metadata
@@ -82,6 +83,7 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
     resumed = prepared.resumed
     if resumed is not None:
         resumed.check(identity)
+    prepared.optimization.check_length(schedule.max_steps, report)
     _tell(prepared, workspace, schedule, report)
 
     state_path = resumed.saved.path if resumed is not None else None
@@ -113,9 +115,8 @@ def _make_run(
     assert config.dit.dit is not None
     dit = _load_dit(prepared, report)
     network = _network(prepared, dit)
-    optimizer = prepared.make_optimizer(
-        network.parameter_groups(prepared.learning_rate), prepared.learning_rate
-    )
+    optimization = prepared.optimization
+    stepper = optimization.stepper(network.parameter_groups(optimization.learning_rate), schedule.max_steps)
     objective = Objective(
         dit,
         prepared.loss,
@@ -124,7 +125,8 @@ def _make_run(
         prepared.seed,
         posterior_mean=config.caching.latent_sampling == "mean",
     )
-    optimizer_part = OptimizerPart(optimizer, report).part
+    # made after the schedule, which has put the first step's rate into the optimiser's groups
+    optimizer_part = OptimizerPart(stepper.optimizer, report).part
     log_name = _log_name(prepared)
     started = resumed.started if resumed is not None else time.time()
     run = Run(
@@ -135,7 +137,7 @@ def _make_run(
         loader=loader,
         objective=objective,
         network=network,
-        optimizer=optimizer,
+        stepper=stepper,
         accelerator=_accelerator(prepared, log_name),
         plugins=prepared.plugins,
         metrics=MetricsLog(
@@ -159,6 +161,10 @@ def _make_run(
         run.epoch = schedule.first_epoch(after_step=resumed.step, ended=resumed.epoch) - 1
     run.remember(network_part(network))
     run.remember(optimizer_part)
+    for name, part in (("scheduler", stepper.scheduler), ("scaler", stepper.scaler)):
+        if part is not None:
+            run.remember(Stateful(name, part.state_dict, part.load_state_dict))
+    run.evaluation_modes.append(partial(averaged_weights, stepper.optimizer))
     run.remember(Stateful("average", run.average.state_dict, run.average.load_state_dict))
     run.remember(Stateful("guard", run.guard.state_dict, run.guard.load_state_dict))
     run.remember(generators_part(prepared.device))
@@ -209,12 +215,13 @@ def _tell(prepared: Preparation, workspace: Workspace, schedule: Schedule, repor
         f"{config.compute.mixed_precision} on {prepared.device}"
     )
     assert config.dit.dit is not None
-    dtype = compute_dtype(config.compute.mixed_precision)
-    report.note(prepared.dit_options.describe(config.dit.dit, prepared.device, dtype))
+    computes_in = compute_dtype(config.compute.mixed_precision)
+    report.note(prepared.dit_options.describe(config.dit.dit, prepared.device, computes_in))
+    dtype = prepared.optimization.adapter_dtype
+    size = f"{size_text(dtype.itemsize * parameters)} in {str(dtype).removeprefix('torch.')}"
     report.note(
         f"network: {len(adapted)} of {len(prepared.plan)} modules, {parameters:,} parameters "
-        f"({size_text(4 * parameters)} in float32), rank {config.network.network_dim}, "
-        f"alpha {config.network.network_alpha:g}"
+        f"({size}), rank {config.network.network_dim}, alpha {config.network.network_alpha:g}"
     )
     report.note(
         f"data: {count_text(len(samples), 'image')}, {sum(s.num_repeats for s in samples)} an epoch with repeats, "
@@ -260,7 +267,7 @@ def _network(prepared: Preparation, dit: DiT) -> LoRANetwork:
     network = LoRANetwork.create(dit, seed=prepared.seed, plan=prepared.plan)
     if prepared.start is not None:
         network.load_state(prepared.start)
-    network.to(prepared.device)
+    network.to(prepared.device, prepared.optimization.adapter_dtype)
     network.attach(dit)
     return network
 

@@ -46,6 +46,7 @@ _FREE = frozenset(
             "checkpoint_keep",
             "cpu_offload_checkpointing",
             "split_attn",
+            "fused_backward_pass",
         ),
     }
 )

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from hyimg.data.training_data import LoadedBatch
 from hyimg.report import Task
@@ -77,23 +76,25 @@ def train_step(run: Run, step: Step, epoch: Epoch, batches: Iterable[LoadedBatch
     for batch in batches:
         run.network.set_multiplier(batch.network_multiplier)
         loss_B, sigma_B = run.objective(batch, epoch.number)
-        torch.autograd.backward(loss_B.sum() / step.num_samples)
+        run.stepper.backward(loss_B.sum() / step.num_samples)
         keys += batch.sample_keys
         sigmas.append(sigma_B)
         losses.append(loss_B.detach())
     loss_B = torch.cat(losses).float().cpu()
-    total_norm = get_total_norm([p.grad for p in run.parameters if p.grad is not None])
-    gradient_norm = float(total_norm)
+    norm = run.stepper.gradient_norm()
+    if bool(torch.isfinite(loss_B).all()) and run.stepper.overflowed(norm):
+        # the loss was scaled too high for the precision, which the scaler mends: no failure
+        run.stepper.skip()
+        return StepResult(loss_B, norm, taken=False)
     images = StepImages(keys, (torch.cat(sigmas) * 1000).tolist(), loss_B)
     taken = run.guard.admits(
-        step.number, images, gradient_norm, run.network, last_good=run.last_good, report=run.report
+        step.number, images, norm, run.network, last_good=run.last_good, report=run.report
     )
     if taken:
-        if max_norm := run.config.optimizer.max_grad_norm:
-            clip_grads_with_norm_(run.parameters, max_norm, total_norm)
-        run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_B, gradient_norm, taken)
+        run.stepper.step()
+    else:
+        run.stepper.skip()
+    return StepResult(loss_B, norm, taken)
 
 
 def _log(run: Run, task: Task, epoch: Epoch, result: StepResult, seconds: float) -> None:
@@ -102,10 +103,8 @@ def _log(run: Run, task: Task, epoch: Epoch, result: StepResult, seconds: float)
         run.average.add(loss)
     values = {"loss": loss, "loss_smoothed": run.average.value, "gradient_norm": norm}
     if not result.taken:
-        values |= {"loss": math.nan, "gradient_norm": math.nan}
-    # an optimiser that makes its own rate (Adafactor) has none to tell
-    rates = [float(group["lr"]) for group in run.optimizer.param_groups if group["lr"] is not None]
-    values |= {f"learning_rate_{i}" if i else "learning_rate": rate for i, rate in enumerate(rates)}
+        values |= {"gradient_norm": math.nan}
+    values |= run.stepper.told
     counts = {"samples": len(result.loss_B), "seconds": round(seconds, 6)}
     run.metrics.write({"step": run.step, "epoch": epoch.number, **values, **counts})
     run.accelerator.log({k: v for k, v in values.items() if math.isfinite(v)}, step=run.step)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from hyimg.cache.atomic import require_writable_folder
 from hyimg.config.commands import TrainConfig
@@ -37,7 +36,7 @@ from hyimg.randomness import keyed_seed
 from hyimg.report import Reporter
 from hyimg.training.identity import options_identity
 from hyimg.training.objective import Loss
-from hyimg.training.optimizers import Groups, resolve_optimizer
+from hyimg.training.optimization import Optimization, prepare_optimization
 from hyimg.training.resume import Resumed, find_state
 from hyimg.training.run_folder import RunFolder
 from hyimg.training.samples import SamplePlan, require_prompts
@@ -61,17 +60,11 @@ class Preparation:
     start: Mapping[str, Tensor] | None
     loss: Loss
     timestep_sampler: TimestepSampler
-    make_optimizer: Callable[[Groups, float], Optimizer]
+    optimization: Optimization
     plugins: Plugins
     sample_plan: SamplePlan | None
     folder: RunFolder
     resumed: Resumed | None = None
-
-    @property
-    def learning_rate(self) -> float:
-        """`--unet_lr`, or `--learning_rate`."""
-        rate = self.config.rate
-        return rate.unet_lr if rate.unet_lr is not None else rate.learning_rate
 
     @property
     def logging_dir(self) -> Path:
@@ -107,8 +100,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
         report.warning(idle)
     plan = _plan_network(config, arch, report)
     start = _start_weights(config, arch, plan, report)
-    optimizer = config.optimizer
-    make_optimizer = resolve_optimizer(plugins, optimizer.optimizer_type, optimizer.optimizer_args)
+    optimization = prepare_optimization(config, plugins, plan, device=device, report=report)
     assert config.saving.output_dir is not None
     folder = RunFolder(config.saving.output_dir, config.saving.output_name, config.saving.save_format)
     resumed = _resumed(config, folder, report)
@@ -132,7 +124,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
         start=start,
         loss=_loss(plugins, config),
         timestep_sampler=plugins.resolve("timestep_samplers", sampling),
-        make_optimizer=make_optimizer,
+        optimization=optimization,
         plugins=plugins,
         sample_plan=_sample_plan(config, arch, plugins),
         folder=folder,

@@ -23,6 +23,7 @@ from hyimg.training.nonfinite import NonFiniteGuard
 from hyimg.training.objective import Objective
 from hyimg.training.resume import Resumed, Stateful
 from hyimg.training.run_folder import RunFolder
+from hyimg.training.stepping import Stepper
 from hyimg.training.steps import Schedule
 
 
@@ -44,7 +45,7 @@ class Run:
     loader: BatchLoader
     objective: Objective
     network: LoRANetwork
-    optimizer: Optimizer
+    stepper: Stepper
     accelerator: Accelerator
     plugins: Plugins
     metrics: MetricsLog
@@ -66,9 +67,8 @@ class Run:
     saved_states: list[Path] = field(default_factory=list)
 
     @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters that the optimiser moves."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    def optimizer(self) -> Optimizer:
+        return self.stepper.optimizer
 
     @property
     def last_good(self) -> Path | None:

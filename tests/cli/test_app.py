@@ -248,8 +248,6 @@ def test_dataset_flags_are_answered_with_the_file_that_they_make(parse, capsys):
     [
         (["--optimizer_type", "X", "--use_8bit_adam"], 0, "AdamW8bit` here"),
         (["--use_8bit_adam", "--optimizer_type", "X"], 0, "AdamW8bit` here"),
-        (["--optimizer_schedulefree_wrapper"], 2, "use another `--optimizer_type`"),
-        (["--schedulefree_wrapper_args", "momentum=0.9", "a=1"], 2, "use another `--optimizer_type`"),
         (["--save_n_epoch_ratio", "3"], 2, "--save_every_n_epochs"),
         (["--sample_sampler", "euler_a"], 0, "no effect here"),
         (["--initial_epoch", "3"], 2, "knows its epoch and step"),
@@ -266,6 +264,16 @@ def test_further_flags_of_the_reference_tool_are_answered(parse, capsys, flags, 
     assert words in capsys.readouterr().err
     if "--optimizer_type" in flags:
         assert config.optimizer.optimizer_type == "AdamW8bit"
+
+
+def test_the_reference_tools_schedule_free_wrapper_becomes_its_optimiser(parse, capsys):
+    given = ["--optimizer_args", "eps=1e-6", "--optimizer_schedulefree_wrapper"]
+    given += ["--schedulefree_wrapper_args", "momentum=0.8", "weight_decay_at_y=0.1", "r=1", "--seed", "3"]
+    answer, config = parse(configs.TrainConfig, *TRAIN, *given)
+    assert answer == 0, capsys.readouterr().err
+    assert config.optimizer.optimizer_type == "AdamWScheduleFree"
+    assert config.optimizer.optimizer_args == ("eps=1e-6", "betas=(0.8, 0.999)", "weight_decay=0.1", "r=1")
+    assert config.duration.seed == 3
 
 
 def test_help_lists_what_works_and_hides_what_does_not_yet(capsys):

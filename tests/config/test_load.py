@@ -130,6 +130,27 @@ def test_keys_of_the_reference_tool_are_translated_in_a_run_file(run_file):
     assert [n.split()[0] for n in notes] == ["`use_8bit_adam`", "`lowram`"]
 
 
+def test_arguments_of_a_translated_key_join_those_of_the_option_in_any_order(run_file):
+    lines = ["schedulefree_wrapper_args = ['momentum=0.8', 'r=1']", "optimizer_args = ['eps=1e-6']"]
+    for text in ("\n".join(lines), "\n".join(reversed(lines))):
+        config = make(commands.TrainConfig, TRAIN, run_file=run_file(text), notes=[])
+        assert config.optimizer.optimizer_args == ("eps=1e-6", "betas=(0.8, 0.999)", "r=1")
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [("100", 100), (100, 100), ("1e2", 100), ("0.05", 0.05), ("5%", 0.05), (0, 0), ("1", 1)],
+)
+def test_a_warm_up_is_a_number_of_steps_or_a_share_of_them(given, value):
+    assert make(commands.TrainConfig, {**TRAIN, "lr_warmup_steps": given}).optimizer.lr_warmup_steps == value
+
+
+@pytest.mark.parametrize("given", ["1.5", "100%", "-1", "ten", "nan", "inf"])
+def test_a_warm_up_that_is_neither_steps_nor_a_share_is_refused(given):
+    with pytest.raises(HyimgError, match="`--lr_warmup_steps` must be"):
+        make(commands.TrainConfig, {**TRAIN, "lr_warmup_steps": given})
+
+
 def test_a_config_survives_being_flattened_and_made_again():
     config = make(commands.TrainConfig, {**TRAIN, "network_args": ["a=1", "b=2"], "learning_rate": "1e-4"})
     again = make(commands.TrainConfig, {k: v for k, v in flatten(config).items() if v is not None})

@@ -366,11 +366,14 @@ def test_a_logging_folder_means_tensorboard(hyimg, cached_dataset, tmp_path):
     assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
 
 
-def test_adafactors_own_rate_is_not_overridden(train):
-    line = metrics(
-        train("--optimizer_type", "Adafactor", "--max_train_steps", "1", "--max_train_epochs", "1")
-    )[0]
-    assert "learning_rate" not in line
+def test_adafactors_own_rate_is_not_overridden_and_told(train):
+    lines = metrics(
+        train(
+            "--optimizer_type", "Adafactor", "--optimizer_args", "scale_parameter=False", "warmup_init=True"
+        )
+    )
+    # 1e-6 * step: arXiv 1804.04235, algorithm 5, in its warm-up
+    assert [line["learning_rate"] for line in lines] == pytest.approx([1e-6 * n for n in range(1, 9)])
 
 
 def test_warnings_about_the_dataset_are_said_once(own_dataset, hyimg, tmp_path):

@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hyimg.config.flow import FlowMatching
-from hyimg.config.optimizer import Optimizer
 from hyimg.flow.losses import l2
 from hyimg.flow.timesteps import uniform
 from hyimg.lora.network import LoRANetwork
@@ -27,6 +26,7 @@ from hyimg.training.loop import train_step
 from hyimg.training.nonfinite import NonFiniteGuard
 from hyimg.training.objective import NoisedBatch, Objective
 from hyimg.training.optimizers import resolve_optimizer
+from hyimg.training.stepping import Stepper
 from hyimg.training.steps import Epoch, Step
 
 
@@ -68,10 +68,8 @@ class Golden:
             guard=NonFiniteGuard(),
             last_good=None,
             report=SilentReporter(),
-            config=SimpleNamespace(optimizer=Optimizer(max_grad_norm=max_grad_norm)),
-            optimizer=make(self.network.parameter_groups(1e-3), 1e-3),
+            stepper=Stepper(make(self.network.parameter_groups(1e-3), 1e-3), max_grad_norm=max_grad_norm),
         )
-        run.parameters = list(self.network.parameters())
         losses = []
         for number in range(1, num_steps + 1):
             step = Step(number, [[0, 1]])  # one batch of two images

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hyimg.config.optimizer import Optimizer
 from hyimg.errors import RunError
 from hyimg.model.safetensors_file import read_header
 from hyimg.report import SilentReporter
 from hyimg.training.loop import train_step
 from hyimg.training.nonfinite import NonFiniteGuard
+from hyimg.training.stepping import Stepper
 from hyimg.training.steps import Epoch, Step
 
 
@@ -35,9 +35,7 @@ class OneParameter:
                 self.loss(torch.tensor(batch.numbers)),
                 torch.tensor(batch.numbers),
             ),
-            config=SimpleNamespace(optimizer=Optimizer(max_grad_norm=max_grad_norm)),
-            optimizer=torch.optim.SGD([self.parameter], lr=1.0),
-            parameters=[self.parameter],
+            stepper=Stepper(torch.optim.SGD([self.parameter], lr=1.0), max_grad_norm=max_grad_norm),
             guard=NonFiniteGuard(),
             last_good=None,
             report=SilentReporter(),
