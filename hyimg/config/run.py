@@ -77,7 +77,7 @@ class Saving:
     resume: str | None = option(None, help="state to go on from, a folder or `latest`", later=_TRAINING)
     resume_force: bool = option(False, help="resume although settings differ", later=_TRAINING)
     ema_decay: float | None = option(
-        None, minimum=0, maximum=1, help="average of the adapters", later=_TRAINING
+        None, minimum=0, maximum=1, help="save a moving average of the adapter; 0.999 is usual"
     )
     on_nan: str = option("stop", choices=("stop", "skip"), help="a loss that is not finite", later=_TRAINING)
 

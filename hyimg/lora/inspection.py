@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hyimg.errors import HyimgError
+from hyimg.lora.network_args import NetworkArgs
 from hyimg.lora.patterns import OPTION, Kind, Rule, match, matches
-from hyimg.lora.plan import ModulePlan, NetworkArgs, plan_network
+from hyimg.lora.plan import ModulePlan, plan_network
 from hyimg.model.architecture import DiTArch
 from hyimg.model.keys import linear_modules
 
@@ -129,7 +130,7 @@ def _totals(plans: Sequence[ModulePlan]) -> Totals:
         adapted_modules=len(adapted),
         parameters=sum(_parameters(plan) for plan in plans),
         trainable_parameters=trainable,
-        file_bytes=sum(4 * plan.num_values + ALPHA_BYTES for plan in adapted),
+        file_bytes=sum(4 * plan.num_file_values + ALPHA_BYTES for plan in adapted),
         optimizer_bytes=8 * trainable,
     )
 

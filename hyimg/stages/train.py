@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from hyimg.cache.identity import file_identity
+from hyimg.cache.text import TextStore
 from hyimg.config.commands import TrainConfig
 from hyimg.config.load import flatten
 from hyimg.data.batches import epoch_batches
@@ -23,17 +24,24 @@ from hyimg.data.describe import describe_datasets
 from hyimg.data.plan import latent_store_for_training, text_store_for_training
 from hyimg.data.training_data import BatchLoader, TrainingData
 from hyimg.data.workspace import Workspace
-from hyimg.lora.network import LoRANetwork
 from hyimg.memory.activations import enable_gradient_checkpointing
 from hyimg.memory.device import compute_dtype
-from hyimg.model.dit import DiT
-from hyimg.model.loading import load_dit
-from hyimg.report import Reporter, count_text, size_text
+from hyimg.model.loading import Placement, load_dit
+from hyimg.report import Reporter, count_text
+from hyimg.training.ema import AdapterEMA
 from hyimg.training.loop import train_loop
 from hyimg.training.metadata import training_metadata
 from hyimg.training.metrics import MetricsLog
+from hyimg.training.network_setup import describe_rates, merging_placement
 from hyimg.training.objective import Objective
 from hyimg.training.preparation import Preparation, open_encoders, open_training_workspace, prepare
+from hyimg.training.preservation import (
+    Preservation,
+    class_caption_flags,
+    class_captions_to_read,
+    reader,
+    terms_of,
+)
 from hyimg.training.run import Run, Schedule
 
 _SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -61,23 +69,31 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
         report.note(f"wrote {folder.config_path}; nothing was trained")
         return TrainResult([], 0, prepared.seed)
     workspace = open_training_workspace(config, report)
-    loader = _open_data(prepared, workspace)
+    loader, texts = _open_data(prepared, workspace, report)
     schedule = _schedule(prepared, workspace)
     _tell(prepared, workspace, schedule, report)
 
     with folder.claim(config, overwrite=config.saving.overwrite):
         assert config.dit.dit is not None
+        placement = Placement(prepared.device, compute_dtype(config.compute.mixed_precision))
         dit = load_dit(
             config.dit.dit,
-            device=prepared.device,
-            dtype=compute_dtype(config.compute.mixed_precision),
+            placement=merging_placement(config, prepared.arch, placement, report),
             mmap=not config.compute.disable_mmap_load_safetensors,
         )
         if config.training_memory.gradient_checkpointing:
             enable_gradient_checkpointing(dit)
-        network = _network(prepared, dit)
-        optimizer = prepared.make_optimizer(
-            network.parameter_groups(prepared.learning_rate), prepared.learning_rate
+        network = prepared.network.build(dit, seed=prepared.seed, device=prepared.device)
+        groups = network.rate_groups(prepared.learning_rate, prepared.network.args.loraplus_lr_ratio)
+        report.note(describe_rates(groups))
+        optimizer = prepared.make_optimizer([group.options() for group in groups], prepared.learning_rate)
+        objective = Objective(
+            dit,
+            prepared.loss,
+            prepared.timestep_sampler,
+            config.flow,
+            prepared.seed,
+            posterior_mean=config.caching.latent_sampling == "mean",
         )
         accelerator = _accelerator(prepared)
         with MetricsLog(folder.metrics_path) as metrics:
@@ -87,14 +103,7 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
                 folder=folder,
                 schedule=schedule,
                 loader=loader,
-                objective=Objective(
-                    dit,
-                    prepared.loss,
-                    prepared.timestep_sampler,
-                    config.flow,
-                    prepared.seed,
-                    posterior_mean=config.caching.latent_sampling == "mean",
-                ),
+                objective=objective,
                 network=network,
                 optimizer=optimizer,
                 accelerator=accelerator,
@@ -103,6 +112,8 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
                 report=report,
                 describe=_describer(workspace, time.time()),
                 save_dtype=_SAVE_DTYPES[config.saving.save_precision],
+                preservation=Preservation(objective, network, terms_of(config), reader(texts)),
+                ema=AdapterEMA(network, config.saving.ema_decay) if config.saving.ema_decay else None,
             )
             try:
                 train_loop(run)
@@ -115,7 +126,9 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
     return TrainResult(run.saved, run.step, prepared.seed)
 
 
-def _open_data(prepared: Preparation, workspace: Workspace) -> BatchLoader:
+def _open_data(
+    prepared: Preparation, workspace: Workspace, report: Reporter
+) -> tuple[BatchLoader, TextStore]:
     """The caches, complete and each of one model; raises HyimgError with the command to run where they are not."""
     config, samples = prepared.config, workspace.found.samples
     encoders = open_encoders(config, workspace)
@@ -129,15 +142,18 @@ def _open_data(prepared: Preparation, workspace: Workspace) -> BatchLoader:
     texts = text_store_for_training(
         workspace.text_dir,
         samples,
+        class_captions_to_read(config, samples, report),
         index=workspace.index,
         identity=encoders.identity if encoders is not None else None,
         dataset_config=config.dataset.dataset_config,
+        flags=class_caption_flags(config),
     )
-    return BatchLoader(
+    loader = BatchLoader(
         TrainingData(samples, latents, texts, seed=prepared.seed),
         num_workers=config.caching.max_data_loader_n_workers,
         persistent_workers=config.caching.persistent_data_loader_workers,
     )
+    return loader, texts
 
 
 def _schedule(prepared: Preparation, workspace: Workspace) -> Schedule:
@@ -151,17 +167,11 @@ def _schedule(prepared: Preparation, workspace: Workspace) -> Schedule:
 
 def _tell(prepared: Preparation, workspace: Workspace, schedule: Schedule, report: Reporter) -> None:
     config, arch, samples = prepared.config, prepared.arch, workspace.found.samples
-    adapted = [module for module in prepared.plan if module.rank]
-    parameters = sum(module.trainable_parameters for module in adapted)
     report.note(
         f"model: {arch.num_double}+{arch.num_single} blocks, hidden {arch.hidden}, "
         f"{config.compute.mixed_precision} on {prepared.device}"
     )
-    report.note(
-        f"network: {len(adapted)} of {len(prepared.plan)} modules, {parameters:,} parameters "
-        f"({size_text(4 * parameters)} in float32), rank {config.network.network_dim}, "
-        f"alpha {config.network.network_alpha:g}"
-    )
+    report.note(f"network: {prepared.network.describe()}")
     report.note(
         f"data: {count_text(len(samples), 'image')}, {sum(s.num_repeats for s in samples)} an epoch with repeats, "
         f"{schedule.batches_per_epoch} batches"
@@ -170,15 +180,6 @@ def _tell(prepared: Preparation, workspace: Workspace, schedule: Schedule, repor
         f"run: {count_text(schedule.max_steps, 'step')} in {count_text(schedule.num_epochs, 'epoch')}, "
         f"seed {prepared.seed}"
     )
-
-
-def _network(prepared: Preparation, dit: DiT) -> LoRANetwork:
-    network = LoRANetwork.create(dit, seed=prepared.seed, plan=prepared.plan)
-    if prepared.start is not None:
-        network.load_state(prepared.start)
-    network.to(prepared.device)
-    network.attach(dit)
-    return network
 
 
 def _accelerator(prepared: Preparation) -> Accelerator:

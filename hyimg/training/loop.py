@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hyimg.data.training_data import LoadedBatch
 from hyimg.errors import RunError
+from hyimg.lora.max_norm import limit_norms
 from hyimg.report import Task
 from hyimg.training.metrics import MovingAverage
 from hyimg.training.run import Epoch, Run, Step
@@ -56,13 +57,19 @@ def train_step(run: Run, step: Step, epoch: Epoch, batches: Iterable[LoadedBatch
 
     The gradient is the sum over the step's images divided by their number, whatever the batches' sizes.
     """
-    losses = []
-    for batch in batches:
+    losses, kept = [], []
+    for number, batch in enumerate(batches):
         run.network.set_multiplier(batch.network_multiplier)
+        run.network.set_dropout_key(run.seed, step.number, number)
         loss_B, _ = run.objective(batch, epoch.number)
-        torch.autograd.backward(loss_B.sum() / step.num_samples)
+        _backward(loss_B, step)
         losses.append(loss_B.detach())
+        for preservation_B in run.preservation.losses(batch, epoch.number):
+            _backward(preservation_B, step)
+            kept.append(preservation_B.detach())
+    run.network.set_dropout_key(None)
     loss_B = torch.cat(losses).float().cpu()
+    run.measured = {"loss_preservation": float(torch.cat(kept).sum()) / step.num_samples} if kept else {}
     max_norm = run.config.optimizer.max_grad_norm or math.inf
     gradient_norm = float(torch.nn.utils.clip_grad_norm_(run.parameters, max_norm))
     if not (math.isfinite(gradient_norm) and bool(torch.isfinite(loss_B).all())):
@@ -74,7 +81,21 @@ def train_step(run: Run, step: Step, epoch: Epoch, batches: Iterable[LoadedBatch
         )
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
+    _follow_up(run)
     return loss_B, gradient_norm
+
+
+def _backward(loss_B: Tensor, step: Step) -> None:
+    if loss_B.requires_grad:  # module dropout may have left out every adapter
+        torch.autograd.backward(loss_B.sum() / step.num_samples)
+
+
+def _follow_up(run: Run) -> None:
+    """What follows the optimiser: the norms' limit, then the moving average."""
+    if max_norm := run.config.network_training.scale_weight_norms:
+        run.measured |= limit_norms(run.network, max_norm).metrics()
+    if run.ema is not None:
+        run.ema.update()
 
 
 def _log(
@@ -89,6 +110,7 @@ def _log(
     loss = float(loss_B.mean())
     smoothed = average.add(loss)
     values: dict[str, float] = {"loss": loss, "loss_smoothed": smoothed, "gradient_norm": gradient_norm}
+    values |= run.measured
     # an optimiser that makes its own rate (Adafactor) has none to tell
     rates = [float(group["lr"]) for group in run.optimizer.param_groups if group["lr"] is not None]
     values |= {f"learning_rate_{i}" if i else "learning_rate": rate for i, rate in enumerate(rates)}

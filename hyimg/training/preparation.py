@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from hyimg.cache.atomic import require_writable_folder
@@ -20,21 +19,19 @@ from hyimg.config.load import replace
 from hyimg.data.workspace import Workspace, open_workspace
 from hyimg.encoders.text import TextEncoders
 from hyimg.errors import HyimgError
-from hyimg.flow.renderer import check_loras
 from hyimg.flow.timesteps import TimestepSampler
 from hyimg.flow.weighting import idle_weighting
-from hyimg.lora.file import read_lora
-from hyimg.lora.network import LoRANetwork
-from hyimg.lora.plan import ModulePlan, NetworkArgs, plan_network
+from hyimg.lora.plan import ModulePlan
 from hyimg.memory.device import resolve_device
 from hyimg.model.architecture import DiTArch
-from hyimg.model.keys import linear_modules
 from hyimg.model.loading import check_dit, check_vae
 from hyimg.plugins import Plugins, bind_arguments, load_plugins, parse_arguments
 from hyimg.randomness import keyed_seed
 from hyimg.report import Reporter
+from hyimg.training.network_setup import NetworkSetup, prepare_network
 from hyimg.training.objective import Loss
 from hyimg.training.optimizers import Groups, resolve_optimizer
+from hyimg.training.preservation import check_preservation
 from hyimg.training.run_folder import RunFolder
 
 _HUBER_OPTIONS = ("huber_c", "huber_scale", "huber_schedule")
@@ -42,20 +39,22 @@ _HUBER_OPTIONS = ("huber_c", "huber_scale", "huber_schedule")
 
 @dataclass(frozen=True)
 class Preparation:
-    """A checked run: `config` has its seed decided, `plan` what each module gets, `start` the weights to begin
-    with under the reference tool's names (None: fresh ones)."""
+    """A checked run: `config` has its seed decided, `network` what each module gets and starts with."""
 
     config: TrainConfig
     seed: int
     device: torch.device
     arch: DiTArch
-    plan: tuple[ModulePlan, ...]
-    start: Mapping[str, Tensor] | None
+    network: NetworkSetup
     loss: Loss
     timestep_sampler: TimestepSampler
     make_optimizer: Callable[[Groups, float], Optimizer]
     plugins: Plugins
     folder: RunFolder
+
+    @property
+    def plan(self) -> tuple[ModulePlan, ...]:
+        return self.network.plan
 
     @property
     def learning_rate(self) -> float:
@@ -92,8 +91,8 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     idle = idle_weighting(config.flow.weighting_scheme, sampling, config.flow.model_prediction_type)
     if idle is not None:
         report.warning(idle)
-    plan = _plan_network(config, arch, report)
-    start = _start_weights(config, arch, plan, report)
+    network = prepare_network(config, arch, report)
+    check_preservation(config, report)
     optimizer = config.optimizer
     make_optimizer = resolve_optimizer(plugins, optimizer.optimizer_type, optimizer.optimizer_args)
     assert config.saving.output_dir is not None
@@ -107,8 +106,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
         seed=seed,
         device=device,
         arch=arch,
-        plan=plan,
-        start=start,
+        network=network,
         loss=_loss(plugins, config),
         timestep_sampler=plugins.resolve("timestep_samplers", sampling),
         make_optimizer=make_optimizer,
@@ -157,51 +155,6 @@ def _check_flow(config: TrainConfig, arch: DiTArch, report: Reporter) -> None:
         report.warning(
             "this is a distilled checkpoint: LoRAs are better trained on the base, and work on both"
         )
-
-
-def _plan_network(config: TrainConfig, arch: DiTArch, report: Reporter) -> tuple[ModulePlan, ...]:
-    args = NetworkArgs.parse(config.network.network_args)
-    modules = linear_modules(arch)
-    for warning in args.warnings(modules, strict=config.network.strict_patterns):
-        report.warning(f"{warning} (`hyimg inspect-modules` lists the names)")
-    plan = plan_network(
-        modules, dim=config.network.network_dim, alpha=config.network.network_alpha, args=args
-    )
-    if not any(module.rank for module in plan):
-        raise HyimgError(
-            "the network is empty: every module has the rank 0",
-            hint="a pattern in `network_reg_dims` must leave at least one module a rank",
-        )
-    if not any(module.trainable_parameters for module in plan):
-        raise HyimgError(
-            "there is nothing to train: every module has the learning rate 0",
-            hint="a pattern in `network_reg_lrs` must leave at least one module a rate",
-        )
-    return plan
-
-
-def _start_weights(
-    config: TrainConfig, arch: DiTArch, plan: tuple[ModulePlan, ...], report: Reporter
-) -> Mapping[str, Tensor] | None:
-    """The weights of `--network_weights`, which are small and so are read and compared with the plan at once."""
-    path = config.network_training.network_weights
-    if path is None:
-        return None
-    check_loras([path], arch)
-    state = read_lora(path)
-    if problem := LoRANetwork(plan).misfit(state):
-        raise HyimgError(
-            f"`{path}` does not fit the network: {problem}",
-            hint="give the `--network_dim` and patterns that it was trained with",
-        )
-    for name, tensor in state.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise HyimgError(f"`{name}` in `{path}` is not finite", hint="start from another file")
-    alphas = {float(tensor) for name, tensor in state.items() if name.endswith(".alpha")}
-    if alphas - {config.network.network_alpha}:
-        given = " and ".join(f"{alpha:g}" for alpha in sorted(alphas))
-        report.warning(f"alpha is {given}, from `{path}`; `--network_alpha` is not used")
-    return state
 
 
 def _loss(plugins: Plugins, config: TrainConfig) -> Loss:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from hyimg.data.training_data import BatchLoader
 from hyimg.lora.network import LoRANetwork
 from hyimg.plugins import Plugins
 from hyimg.report import Reporter
+from hyimg.training.ema import AdapterEMA
 from hyimg.training.metrics import MetricsLog
 from hyimg.training.objective import Objective
+from hyimg.training.preservation import Preservation
 from hyimg.training.run_folder import RunFolder
 
 DEFAULT_STEPS = 1600
@@ -105,7 +108,8 @@ class Schedule:
 class Run:
     """Everything about a run in progress; hooks may read it.
 
-    `step` and `epoch` are the last finished ones, 0 before the first. `describe(run)` gives the metadata of
+    `step` and `epoch` are the last finished ones, 0 before the first; `measured` is what the last step gave to
+    the metrics beside its loss. `describe(run)` gives the metadata of
     a file saved now.
     """
 
@@ -123,8 +127,11 @@ class Run:
     report: Reporter
     describe: Callable[[Run], Mapping[str, str]]
     save_dtype: torch.dtype
+    preservation: Preservation
+    ema: AdapterEMA | None = None
     step: int = 0
     epoch: int = 0
+    measured: dict[str, float] = field(default_factory=dict)
     saved: list[Path] = field(default_factory=list)
 
     @property
@@ -135,6 +142,7 @@ class Run:
     def save(self, *, epoch: int | None = None, step: int | None = None) -> None:
         """Saves the LoRA as it is now, under the name of an epoch, of a step, or the final one."""
         path = self.folder.lora_path(epoch=epoch, step=step)
-        files = self.folder.save(path, self.network.state(), self.describe(self), self.save_dtype)
+        with self.ema.swapped_in() if self.ema is not None else nullcontext():
+            files = self.folder.save(path, self.network.state(), self.describe(self), self.save_dtype)
         self.saved += files
         self.report.note("saved " + " and ".join(str(file) for file in files))

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hyimg.config.flow import FlowMatching
+from hyimg.config.network import NetworkTraining
 from hyimg.config.optimizer import Optimizer
 from hyimg.flow.losses import l2
 from hyimg.flow.timesteps import uniform
@@ -25,6 +26,7 @@ from hyimg.plugins import load_plugins
 from hyimg.training.loop import train_step
 from hyimg.training.objective import NoisedBatch, Objective
 from hyimg.training.optimizers import resolve_optimizer
+from hyimg.training.preservation import Preservation
 from hyimg.training.run import Epoch, Step
 
 
@@ -61,8 +63,13 @@ class Golden:
             network=self.network,
             objective=lambda batch, epoch: (self.objective.evaluate(self.drawn, self.text), None),
             accelerator=SimpleNamespace(backward=lambda loss: loss.backward()),
-            config=SimpleNamespace(optimizer=Optimizer(max_grad_norm=max_grad_norm)),
+            config=SimpleNamespace(
+                optimizer=Optimizer(max_grad_norm=max_grad_norm), network_training=NetworkTraining()
+            ),
             optimizer=make(self.network.parameter_groups(1e-3), 1e-3),
+            seed=0,
+            preservation=Preservation(self.objective, self.network, [], lambda prompt: None),
+            ema=None,
         )
         run.parameters = list(self.network.parameters())
         losses = []
