@@ -32,14 +32,14 @@ def test_updates_beyond_the_norm_are_scaled_to_it_and_the_others_stay(
     network = _network(lora_dit, *args)
     before = delta(network)
     norms = {name: float(tensor.norm()) for name, tensor in before.items()}
-    limit = sorted(norms.values())[10]
+    limit = sum(sorted(norms.values())[10:12]) / 2
     report = limit_norms(network, limit)
     after = delta(network)
     for name, tensor in after.items():
         expected = before[name] * min(1, limit / norms[name])
         torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-8)
     new = [float(tensor.norm()) for tensor in after.values()]
-    assert report.num_scaled == sum(norm > limit * (1 + 1e-6) for norm in norms.values()) == 32 - 11
+    assert report.num_scaled == 32 - 11
     assert report.mean == pytest.approx(sum(new) / len(new), rel=1e-5)
     assert report.largest == pytest.approx(max(new), rel=1e-5)
     assert report.metrics() == {
