@@ -52,5 +52,5 @@ def limit_norms(network: LoRANetwork, max_norm: float) -> NormReport:
 def _product_norm(down_RI: Tensor, up_OR: Tensor) -> Tensor:
     """The Frobenius norm of up @ down."""
     down_RI, up_OR = down_RI.float(), up_OR.float()
-    gram = (up_OR.T @ up_OR).double() * (down_RI @ down_RI.T).double()
-    return gram.sum().clamp(min=0).sqrt().float()
+    square = ((up_OR.T @ up_OR) * (down_RI @ down_RI.T)).sum()
+    return torch.clamp(square, min=0).sqrt()

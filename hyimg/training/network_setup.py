@@ -89,6 +89,11 @@ def prepare_network(config: TrainConfig, arch: DiTArch, report: Reporter) -> Net
     else:
         plan = plan_network(modules, dim=shape.network_dim, alpha=shape.network_alpha, args=args)
     _require_work(plan)
+    if any(module.dora for module in plan):
+        report.note(
+            "DoRA: ComfyUI sets rows to a slightly other length until its pull request 15458; hyimg, LyCORIS and "
+            "PEFT do as trained, and the reference tool leaves the lengths out"
+        )
     if start is not None and (problem := LoRANetwork(plan).misfit(start)):
         raise HyimgError(
             f"`{options.network_weights}` does not fit the network: {problem}",

@@ -86,6 +86,7 @@ def test_the_update_is_the_delta_times_the_input(network: LoRANetwork) -> None:
 def test_a_split_file_goes_on_as_a_split_network(network: LoRANetwork, lora_dit: DiT, tmp_path: Path) -> None:
     state = network.state()
     plan = plan_from_state(linear_modules(lora_dit.arch), state, SPLIT)
+    assert {(module.rank, module.alpha) for module in plan} == {(3, 1.5)}
     again = LoRANetwork.create(lora_dit, plan=plan)
     again.load_state(state)
     assert {(lora.rank, lora.alpha) for _, lora in again.adapters()} == {(3, 1.5)}
