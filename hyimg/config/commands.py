@@ -19,7 +19,7 @@ from hyimg.config.dataset import (
 )
 from hyimg.config.flow import FlowMatching, LossOptions
 from hyimg.config.models import Compute, DiTFile, Memory, TextEncoderFiles, TrainingMemory, VAEFile
-from hyimg.config.network import NetworkShape, NetworkTraining
+from hyimg.config.network import ClassCaptions, NetworkShape, NetworkTraining, Preservation
 from hyimg.config.optimizer import LearningRate, Optimizer
 from hyimg.config.rendering import InferOutput, LoRAFiles, Prompt, Sampling, SheetOptions
 from hyimg.config.run import Duration, Hub, Logging, Metadata, ProcessCount, Saving, Validation
@@ -57,6 +57,7 @@ class CacheTextConfig:
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     encoders: TextEncoderFiles = field(default_factory=TextEncoderFiles)
     caching: TextCaching = field(default_factory=TextCaching)
+    class_captions: ClassCaptions = field(default_factory=ClassCaptions)
     upkeep: CacheUpkeep = field(default_factory=CacheUpkeep)
     processes: ProcessCount = field(default_factory=ProcessCount)
     compute: Compute = field(default_factory=Compute)
@@ -76,6 +77,8 @@ class TrainConfig:
     caching: CachesInTraining = field(default_factory=CachesInTraining)
     network: NetworkShape = field(default_factory=NetworkShape)
     network_training: NetworkTraining = field(default_factory=NetworkTraining)
+    preservation: Preservation = field(default_factory=Preservation)
+    class_captions: ClassCaptions = field(default_factory=ClassCaptions)
     rate: LearningRate = field(default_factory=LearningRate)
     optimizer: Optimizer = field(default_factory=Optimizer)
     flow: FlowMatching = field(default_factory=FlowMatching)

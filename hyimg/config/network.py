@@ -7,8 +7,6 @@ from pathlib import Path
 
 from hyimg.config.option import option
 
-_TRAINING = "leave it out for now"
-
 MAX_RANK = 4096
 """The power of two above the model's width; the rank of a product cannot exceed the narrower side."""
 
@@ -28,7 +26,9 @@ class NetworkShape:
         1.0, minimum=0, exclusive_minimum=True, help="alpha; the update is scaled by alpha/rank"
     )
     network_args: tuple[str, ...] = option(
-        (), help='`"network_reg_dims=PATTERN=RANK,..."`, `"network_reg_lrs=PATTERN=RATE,..."`'
+        (),
+        help='`"network_reg_dims=PATTERN=RANK,..."`, `"network_reg_lrs=PATTERN=RATE,..."`, and `rank_dropout=P`, '
+        "`module_dropout=P`, `split_qkv=True`, `loraplus_lr_ratio=X`, `dora=True`, `rslora=True`",
     )
     strict_patterns: bool = option(False, help="a pattern that matches no module is an error, not a warning")
 
@@ -44,7 +44,7 @@ class NetworkTraining:
         choices=("lora",),
     )
     network_dropout: float = option(
-        0.0, minimum=0, maximum=1, help="dropout of the adapters", later=_TRAINING
+        0.0, minimum=0, maximum=1, help="probability with which a value inside an adapter is dropped"
     )
     network_train_unet_only: bool = option(
         True,
@@ -55,9 +55,37 @@ class NetworkTraining:
     network_weights: Path | None = option(
         None, is_input=True, help="LoRA file to start from, in any format that hyimg reads"
     )
-    dim_from_weights: bool = option(False, help="take the ranks from `--network_weights`", later=_TRAINING)
-    base_weights: tuple[Path, ...] = option((), help="LoRA files merged into the base first", later=_TRAINING)
-    base_weights_multiplier: tuple[float, ...] = option((), help="their multipliers", later=_TRAINING)
+    dim_from_weights: bool = option(
+        False, help="take modules, ranks and alphas from the file of `--network_weights`"
+    )
+    base_weights: tuple[Path, ...] = option(
+        (), is_input=True, help="LoRA files that are merged into the base while it is read"
+    )
+    base_weights_multiplier: tuple[float, ...] = option((), help="a multiplier for each (not given: 1)")
     scale_weight_norms: float | None = option(
-        None, minimum=0, help="max-norm regularisation", later=_TRAINING
+        None, minimum=0, help="largest norm that a module's update may have; 0 is off"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassCaptions:
+    """Captions of the class, for `--diff_output_preservation`."""
+
+    trigger_word: str | None = option(None, help="the word in the captions that names what is trained")
+    diff_output_preservation_class: str | None = option(
+        None, help="what stands in its place in the captions that are preserved, say `woman`"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preservation:
+    """Preserving what the base model does."""
+
+    blank_prompt_preservation: float | None = option(
+        None, minimum=0, help="weight of a loss that keeps the base's answer to the empty prompt; 1 is usual"
+    )
+    diff_output_preservation: float | None = option(
+        None,
+        minimum=0,
+        help="weight of a loss that keeps the base's answer to the captions with the trigger word replaced",
     )

@@ -91,7 +91,7 @@ class Saving:
         False, help="resume although settings differ from the state's; which ones is said"
     )
     ema_decay: float | None = option(
-        None, minimum=0, maximum=1, help="average of the adapters", later=_TRAINING
+        None, minimum=0, maximum=1, help="save a moving average of the adapter; 0.999 is usual"
     )
     on_nan: str = option(
         "stop",

@@ -183,15 +183,16 @@ def text_store_for_training(
     index: Index | None = None,
     identity: str | None = None,
     dataset_config: Path | None = None,
+    flags: str = "",
 ) -> TextStore:
     """The store under `folder` (`<cache_dir>/text`) that holds every prompt of `samples` and the extra ones;
-    otherwise as `latent_store_for_training`."""
+    otherwise as `latent_store_for_training`. `flags` are what cache-text needs to make the extra ones."""
     extra = list(extra_prompts)
 
     def missing(store: TextStore) -> list[str]:
         return [_prompt_name(prompt) for prompt in plan_text(samples, store, extra).todo]
 
-    return _complete_store(TextStore, folder, missing, index, identity, dataset_config)
+    return _complete_store(TextStore, folder, missing, index, identity, dataset_config, flags)
 
 
 def _complete_store(
@@ -201,8 +202,9 @@ def _complete_store(
     index: Index | None,
     identity: str | None,
     dataset_config: Path | None,
+    flags: str = "",
 ) -> Store:
-    command = store_type.command + (f" --dataset_config {dataset_config}" if dataset_config else "")
+    command = store_type.command + (f" --dataset_config {dataset_config}" if dataset_config else "") + flags
     identities = store_type.identities(folder) if identity is None else [identity]
     lacks = {
         store: missing(store) for store in (store_type(folder, known, index=index) for known in identities)

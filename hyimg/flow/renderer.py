@@ -145,12 +145,6 @@ def attach_lora(dit: DiT, path: Path, multiplier: float, report: Reporter) -> Lo
     Raises HyimgError for a file that does not fit, or whose weights are not finite.
     """
     network = LoRANetwork.from_file(path, dit)
-    for name, tensor in network.state().items():
-        if not torch.isfinite(tensor).all():
-            raise HyimgError(
-                f"the LoRA file `{path}` holds NaN or infinity, in `{name}`",
-                hint="its training went astray: take a file that was saved earlier",
-            )
     network.to(dit.device).requires_grad_(False)
     network.set_multiplier(multiplier)
     network.attach(dit)

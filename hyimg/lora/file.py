@@ -80,12 +80,13 @@ def save_lora(
 ) -> None:
     """Saves a state of `LoRANetwork.state()`, whole or not at all, with the reference tool's hashes.
 
-    `dtype` converts every tensor, alpha too, as the reference tool does; None keeps each as it is.
+    `dtype` converts every tensor, alpha too, as the reference tool does; None keeps each as it is. Magnitudes
+    stay as they are: rounded to bf16 they would change rows by more than training does.
     """
     names = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
     outputs = []
     for name, tensor in state.items():
-        target = dtype or tensor.dtype
+        target = tensor.dtype if dtype is None or name.endswith(".dora_scale") else dtype
         num_bytes = tensor.numel() * target.itemsize
         dtype_name = names[str(target).removeprefix("torch.")]
         outputs.append(
@@ -97,7 +98,7 @@ def save_lora(
 def read_lora(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """A LoRA file in any format as the reference tool's names -> tensors in the file's dtype, on the CPU.
 
-    Raises what `LoRAContents.open` raises, and `HyimgError` for DoRA, LoHa and LoKr.
+    Raises what `LoRAContents.open` raises, and `HyimgError` for LoHa, LoKr, and a DoRA by columns.
     """
     import torch
 
@@ -106,7 +107,34 @@ def read_lora(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         raw = bytearray().join(bytes(chunk) for chunk in output.chunks())
         dtype: torch.dtype = getattr(torch, DTYPES[output.dtype][1])
         state[output.name] = torch.frombuffer(raw, dtype=dtype).reshape(output.shape)
+    for name in [name for name in state if name.endswith(".dora_scale")]:
+        state[name] = _row_magnitude(path, name, state)
     return state
+
+
+def require_finite(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:
+    """Raises HyimgError for weights from `path` that are not finite."""
+    for name, tensor in state.items():
+        if not bool(tensor.isfinite().all()):
+            raise HyimgError(
+                f"the LoRA file `{path}` holds NaN or infinity, in `{name}`",
+                hint="its training went astray: take a file that was saved earlier",
+            )
+
+
+def _row_magnitude(
+    path: str | os.PathLike[str], name: str, state: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """A `dora_scale` as (O, 1); (O) is another way to write it."""
+    magnitude = state[name]
+    num_rows = len(state[name.replace(".dora_scale", ".lora_up.weight")])
+    if magnitude.shape not in ((num_rows,), (num_rows, 1)):
+        raise HyimgError(
+            f"`{name}` in `{path}` has the shape {list(magnitude.shape)}, and [{num_rows}, 1] is a length for "
+            "each output row",
+            hint="a DoRA of input columns (LyCORIS with `wd_on_output=False`) is not supported",
+        )
+    return magnitude.reshape(num_rows, 1)
 
 
 @dataclass(frozen=True)

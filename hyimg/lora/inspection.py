@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hyimg.errors import HyimgError
+from hyimg.lora.network_args import NetworkArgs
 from hyimg.lora.patterns import OPTION, Kind, Rule, match, matches
-from hyimg.lora.plan import ModulePlan, NetworkArgs, plan_network
+from hyimg.lora.plan import ModulePlan, plan_network, weak_update_warning
 from hyimg.model.architecture import DiTArch
 from hyimg.model.keys import linear_modules
 
@@ -84,14 +85,17 @@ def inspect(
     """
     modules = linear_modules(arch)
     args = NetworkArgs.parse(network_args)
+    warnings = args.warnings(modules, strict=strict)
     plans = plan_network(modules, dim=dim, alpha=alpha, args=args)
+    if weak := weak_update_warning(plans, alpha=alpha):
+        warnings.append(weak)
     shown = _filter(plans, pattern)
     return Inspection(
         rows=tuple(_row(plan, learning_rate) for plan in shown),
         totals=_totals(plans),
         patterns=_counts(plans, args.rank_rules, "rank")
         + _counts(plans, args.learning_rate_rules, "learning rate"),
-        warnings=tuple(args.warnings(modules, strict=strict)),
+        warnings=tuple(warnings),
     )
 
 
@@ -129,7 +133,7 @@ def _totals(plans: Sequence[ModulePlan]) -> Totals:
         adapted_modules=len(adapted),
         parameters=sum(_parameters(plan) for plan in plans),
         trainable_parameters=trainable,
-        file_bytes=sum(4 * plan.num_values + ALPHA_BYTES for plan in adapted),
+        file_bytes=sum(4 * plan.num_file_values + ALPHA_BYTES for plan in adapted),
         optimizer_bytes=8 * trainable,
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +13,12 @@ from torch import Tensor, nn
 
 from hyimg.errors import HyimgError
 from hyimg.lora.adapter import LoRA
-from hyimg.lora.file import read_lora
-from hyimg.lora.formats import lora_name
-from hyimg.lora.plan import ModulePlan, plan_network
+from hyimg.lora.dropout import Dropout, DropoutRates
+from hyimg.lora.file import read_lora, require_finite
+from hyimg.lora.magnitude import Magnitude
+from hyimg.lora.plan import ModulePlan, plan_from_state, plan_network
+from hyimg.lora.split import SplitLoRA
+from hyimg.model.architecture import DiTArch
 from hyimg.model.dit import DiT
 from hyimg.model.keys import linear_modules
 from hyimg.model.layers import Linear
@@ -37,7 +42,7 @@ class LoRANetwork(nn.Module):
                 hint="a pattern in `network_reg_dims` must leave at least one module a rank",
             )
         for module in self.plan:
-            lora = LoRA(module.in_features, module.out_features, rank=module.rank, alpha=module.alpha)
+            lora = _adapter(module)
             lora.requires_grad_(module.learning_rate != 0)
             self.add_module(module.lora_name, lora)
 
@@ -59,20 +64,20 @@ class LoRANetwork(nn.Module):
 
     @staticmethod
     def from_file(path: str | os.PathLike[str], dit: DiT) -> LoRANetwork:
+        """`read` for a DiT that is there."""
+        return LoRANetwork.read(path, dit.arch)
+
+    @staticmethod
+    def read(path: str | os.PathLike[str], arch: DiTArch) -> LoRANetwork:
         """A file in any LoRA format as a network with the file's ranks and alphas, in float32, not attached.
 
-        Raises `HyimgError` for what `read_lora` refuses and for a LoRA of a model of another size.
+        Raises `HyimgError` for what `read_lora` refuses, for weights that are not finite, and for a LoRA of a
+        model of another size.
         """
         state = read_lora(path)
-        plan = []
-        for module in linear_modules(dit.arch):
-            name = lora_name(module.name)
-            if (down := state.get(f"{name}.lora_down.weight")) is not None:
-                alpha = float(state[f"{name}.alpha"]) if f"{name}.alpha" in state else float(len(down))
-                plan.append(
-                    ModulePlan(module.name, module.in_features, module.out_features, len(down), alpha)
-                )
-        network = LoRANetwork(plan) if plan else None
+        require_finite(path, state)
+        plan = plan_from_state(linear_modules(arch), state)
+        network = LoRANetwork(plan) if any(module.rank for module in plan) else None
         if network is None or (problem := network.misfit(state)):
             problem = problem if network else "none of its modules is in the model"
             raise HyimgError(f"`{path}` does not fit the model: {problem}")
@@ -86,10 +91,15 @@ class LoRANetwork(nn.Module):
             yield module, lora
 
     def attach(self, dit: DiT) -> None:
-        """Lets the adapters act on a DiT, after those that act already. Devices are the caller's business."""
+        """Lets the adapters act on a DiT, after those that act already. Devices are the caller's business.
+
+        A DoRA takes the lengths of the DiT's rows, and scales what acted before it as if it were the base's.
+        """
         for module, lora in self.adapters():
             linear = _linear(dit, module.name)
             assert lora not in linear.adapters, f"{module.name} is attached already"
+            if lora.magnitude is not None:
+                lora.magnitude.bind(linear)
             linear.adapters = (*linear.adapters, lora)
 
     def detach(self, dit: DiT) -> None:
@@ -97,19 +107,54 @@ class LoRANetwork(nn.Module):
         for module, lora in self.adapters():
             linear = _linear(dit, module.name)
             linear.adapters = tuple(adapter for adapter in linear.adapters if adapter is not lora)
+            if lora.magnitude is not None:
+                lora.magnitude.release()
 
     def set_multiplier(self, multiplier: float) -> None:
         """Scales the whole network: 1 as trained, 0 the base model bit for bit, negative inverts."""
         for _, lora in self.adapters():
             lora.multiplier = multiplier
 
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """A block in which the model is the base, bit for bit."""
+        before = [lora.multiplier for _, lora in self.adapters()]
+        self.set_multiplier(0)
+        try:
+            yield
+        finally:
+            for (_, lora), multiplier in zip(self.adapters(), before, strict=True):
+                lora.multiplier = multiplier
+
+    def set_dropout(self, rates: DropoutRates) -> None:
+        """Gives every adapter dropout of these rates, which acts while there is a key."""
+        for module, lora in self.adapters():
+            lora.dropout = Dropout(rates, module.name) if rates.any else None
+
+    def set_dropout_key(self, *key: object, num_images: int = 1) -> None:
+        """What the masks follow from: (seed, step, micro-batch), or None to drop nothing.
+
+        `num_images` is the size of the micro-batch, whose images have rows of their own in a rank's mask.
+        `micro_batch` counts the batches of a step over all processes. The key must stay until the backward
+        pass is over, since gradient checkpointing draws the masks again there.
+        """
+        for _, lora in self.adapters():
+            if lora.dropout is not None:
+                lora.dropout.key = None if key == (None,) else key
+                lora.dropout.num_images = num_images
+
     def state(self) -> dict[str, Tensor]:
-        """Tensors under the reference tool's names, ready for `save_lora`; the weights are not copied."""
+        """Tensors under the reference tool's names, ready for `save_lora`.
+
+        The weights are not copied, except those of a split adapter, which a file holds joined.
+        """
         state: dict[str, Tensor] = {}
         for module, lora in self.adapters():
-            state[f"{module.lora_name}.lora_down.weight"] = lora.lora_down.weight.detach()
-            state[f"{module.lora_name}.lora_up.weight"] = lora.lora_up.weight.detach()
-            state[f"{module.lora_name}.alpha"] = torch.tensor(lora.alpha)
+            name = module.lora_name
+            state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = lora.matrices()
+            state[f"{name}.alpha"] = torch.tensor(lora.file_alpha)
+            if lora.magnitude is not None:
+                state[f"{name}.dora_scale"] = lora.magnitude.dora_scale.detach()
         return state
 
     @torch.no_grad()
@@ -121,13 +166,18 @@ class LoRANetwork(nn.Module):
         if problem := self.misfit(state):
             raise HyimgError(
                 f"the LoRA weights do not fit the network: {problem}",
-                hint="give the `--network_dim` and patterns that they were trained with",
+                hint="give the `--network_dim`, patterns and `--network_args` that they were trained with",
             )
         for module, lora in self.adapters():
-            lora.lora_down.weight.copy_(state[f"{module.lora_name}.lora_down.weight"])
-            lora.lora_up.weight.copy_(state[f"{module.lora_name}.lora_up.weight"])
-            if (alpha := state.get(f"{module.lora_name}.alpha")) is not None:
-                lora.alpha = float(alpha)
+            name = module.lora_name
+            alpha = state.get(f"{name}.alpha")
+            lora.load_matrices(
+                state[f"{name}.lora_down.weight"],
+                state[f"{name}.lora_up.weight"],
+                None if alpha is None else float(alpha),
+            )
+            if lora.magnitude is not None:
+                lora.magnitude.load(state[f"{name}.dora_scale"])
 
     def misfit(self, state: Mapping[str, Tensor]) -> str | None:
         """What of a state is not this network's, as the end of a sentence, or None where it fits."""
@@ -141,20 +191,64 @@ class LoRANetwork(nn.Module):
         for name, tensor in own.items():
             if name in state and state[name].shape != tensor.shape:
                 return f"`{name}` has the shape {list(state[name].shape)} where it needs {list(tensor.shape)}"
+        for module, lora in self.adapters():
+            name = module.lora_name
+            if problem := lora.misfit(state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"]):
+                return f"`{name}` {problem}"
         return None
 
-    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Optimiser groups `{"params": [...], "lr": ...}`, one for each rate, parameters in model order.
+    def parameter_groups(self, learning_rate: float, loraplus_lr_ratio: float = 1.0) -> list[dict[str, Any]]:
+        """Optimiser groups `{"params": [...], "lr": ...}`; see `rate_groups`."""
+        return [group.options() for group in self.rate_groups(learning_rate, loraplus_lr_ratio)]
 
-        A module without a rate of its own gets `learning_rate`, in the first group; one with the rate 0 is
-        frozen and in none.
+    def rate_groups(self, learning_rate: float, loraplus_lr_ratio: float = 1.0) -> list[RateGroup]:
+        """The parameters by rate and role; the groups of the run's own rate come first, else all in model order.
+
+        A module without a rate of its own has `learning_rate`; one with the rate 0 is frozen and in none. Up
+        matrices get `loraplus_lr_ratio` times the rate, in a group of their own unless it is 1. Magnitudes
+        have one too, since weight decay would draw rows towards 0, where the base's are not.
         """
-        groups: dict[float, list[nn.Parameter]] = {learning_rate: []}
+        found: dict[tuple[float, str], RateGroup] = {}
         for module, lora in self.adapters():
             rate = learning_rate if module.learning_rate is None else module.learning_rate
-            if module.learning_rate != 0:
-                groups.setdefault(rate, []).extend(lora.parameters())
-        return [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if parameters]
+            if module.learning_rate == 0:
+                continue
+            up_role, up_rate = ("up", rate * loraplus_lr_ratio) if loraplus_lr_ratio != 1 else ("", rate)
+            roles: list[tuple[nn.Module, str, float]] = [
+                (lora.lora_down, "down" if up_role else "", rate),
+                (lora.lora_up, up_role, up_rate),
+            ]
+            if lora.magnitude is not None:
+                roles.append((lora.magnitude, "magnitude", rate))
+            for half, role, lr in roles:
+                group = found.setdefault((rate, role), RateGroup(lr, role, []))
+                group.parameters.extend(half.parameters())
+        return [found[key] for key in sorted(found, key=lambda key: key[0] != learning_rate)]
+
+
+@dataclass(frozen=True)
+class RateGroup:
+    """Parameters of one learning rate: `role` is down, up or magnitude, empty for down and up together."""
+
+    lr: float
+    role: str
+    parameters: list[nn.Parameter]
+
+    def options(self) -> dict[str, Any]:
+        """The group as optimisers take it."""
+        options: dict[str, Any] = {"params": self.parameters, "lr": self.lr}
+        return {**options, "weight_decay": 0.0} if self.role == "magnitude" else options
+
+
+def _adapter(module: ModulePlan) -> LoRA:
+    lora: LoRA
+    if module.parts:
+        lora = SplitLoRA(module.in_features, module.parts, rank=module.rank, alpha=module.alpha)
+    else:
+        lora = LoRA(module.in_features, module.out_features, rank=module.rank, alpha=module.alpha)
+    if module.dora:
+        lora.magnitude = Magnitude(module.out_features)
+    return lora
 
 
 def _linear(dit: DiT, name: str) -> Linear:

@@ -1,87 +1,30 @@
-"""Which modules get an adapter, of which rank and learning rate: decided before torch is imported."""
+"""Which modules get an adapter, of which kind, rank and learning rate: decided before torch is imported."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from hyimg.errors import HyimgError, did_you_mean
-from hyimg.lora.formats import lora_name
-from hyimg.lora.patterns import Rule, match, parse_patterns, unmatched
+from hyimg.errors import HyimgError
+from hyimg.lora.formats import TARGETS, lora_name
+from hyimg.lora.network_args import NetworkArgs
+from hyimg.lora.patterns import match
 from hyimg.model.keys import ModuleInfo
 
-# Arguments of the reference tool's network that are known here and not honoured
-REFUSED_ARGS = {
-    "rank_dropout": "it comes with the training work",
-    "module_dropout": "it comes with the training work",
-    "split_qkv": "it comes with the training work",
-    "loraplus_lr_ratio": "it comes with the training work",
-    "loraplus_unet_lr_ratio": "it comes with the training work",
-    "loraplus_text_encoder_lr_ratio": "text encoders are never trained for this model",
-    "ggpo_beta": "this regularisation is not implemented",
-    "ggpo_sigma": "this regularisation is not implemented",
-    "conv_dim": "this model's blocks have no convolutions",
-    "conv_alpha": "this model's blocks have no convolutions",
-}
-KNOWN_ARGS = ("network_reg_dims", "network_reg_lrs", "verbose")
-
-
-@dataclass(frozen=True)
-class NetworkArgs:
-    """`--network_args`, read: rules for ranks and learning rates, and whether to list the modules."""
-
-    rank_rules: tuple[Rule, ...] = ()
-    learning_rate_rules: tuple[Rule, ...] = ()
-    verbose: bool = False
-
-    @staticmethod
-    def parse(pairs: Sequence[str]) -> NetworkArgs:
-        """Reads `"name=value"` pairs; raises `HyimgError` for an unknown name or a value that is none."""
-        values: dict[str, str] = {}
-        for pair in pairs:
-            name, equals, value = pair.partition("=")
-            name = name.strip()
-            if not equals:
-                raise HyimgError(f"`{pair}` in `--network_args` is not of the form `NAME=VALUE`")
-            if name in REFUSED_ARGS:
-                raise HyimgError(f"`{name}` in `--network_args` cannot be used: {REFUSED_ARGS[name]}")
-            if name not in KNOWN_ARGS:
-                raise HyimgError(
-                    f"`{name}` in `--network_args` is not known",
-                    hint=did_you_mean(name, KNOWN_ARGS)
-                    or f"known are {', '.join(f'`{k}`' for k in KNOWN_ARGS)}",
-                )
-            if name in values:
-                raise HyimgError(
-                    f"`{name}` stands twice in `--network_args`", hint="join the two with a comma"
-                )
-            values[name] = value.strip()
-        verbose = values.get("verbose", "False").lower()
-        if verbose not in ("true", "false"):
-            raise HyimgError(
-                f"`verbose={values['verbose']}` in `--network_args` is neither `True` nor `False`"
-            )
-        return NetworkArgs(
-            tuple(parse_patterns(values.get("network_reg_dims", ""), "rank")),
-            tuple(parse_patterns(values.get("network_reg_lrs", ""), "learning rate")),
-            verbose == "true",
-        )
-
-    def warnings(self, modules: Sequence[ModuleInfo], *, strict: bool = False) -> list[str]:
-        """A sentence for each pattern that matches no module; with `strict` the first is an error."""
-        names = [module.name for module in modules]
-        sentences = unmatched(names, self.rank_rules, "rank")
-        sentences += unmatched(names, self.learning_rate_rules, "learning rate")
-        if strict and sentences:
-            raise HyimgError(
-                sentences[0], hint="`hyimg inspect-modules` lists the names that a pattern can meet"
-            )
-        return sentences
+WEAK_FACTOR = 16
+"""How many times weaker than with alpha = rank an update may be before it is worth a warning."""
 
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """What a module gets. Rank 0 is no adapter; `learning_rate` None is the run's, 0 freezes the adapter."""
+    """What a module gets. Rank 0 is no adapter; `learning_rate` None is the run's, 0 freezes the adapter.
+
+    The update is alpha/rank * up @ down, also with rsLoRA: there `alpha` is sqrt(rank) times the one given.
+    `parts` are the heights of the row ranges that have adapters of their own, each of this rank and alpha;
+    empty for one adapter for all rows. `dora` adds a magnitude for each row.
+    """
 
     name: str
     in_features: int
@@ -89,6 +32,8 @@ class ModulePlan:
     rank: int
     alpha: float
     learning_rate: float | None = None
+    parts: tuple[int, ...] = ()
+    dora: bool = False
 
     @property
     def lora_name(self) -> str:
@@ -96,14 +41,30 @@ class ModulePlan:
         return lora_name(self.name)
 
     @property
+    def scale(self) -> float:
+        """alpha/rank."""
+        return self.alpha / self.rank
+
+    @property
     def trainable_parameters(self) -> int:
-        """Values in down and up that the optimiser moves."""
+        """Values that the optimiser moves."""
         return 0 if self.learning_rate == 0 else self.num_values
 
     @property
     def num_values(self) -> int:
-        """Values in down and up."""
-        return self.rank * (self.in_features + self.out_features)
+        """Values in down, up and magnitude."""
+        matrices = self.rank * (self.in_features * max(1, len(self.parts)) + self.out_features)
+        return matrices + self._num_magnitudes
+
+    @property
+    def num_file_values(self) -> int:
+        """The same as a file holds them: there a split adapter is one of the summed rank."""
+        rank = self.rank * max(1, len(self.parts))
+        return rank * (self.in_features + self.out_features) + self._num_magnitudes
+
+    @property
+    def _num_magnitudes(self) -> int:
+        return self.out_features if self.dora and self.rank else 0
 
 
 def plan_network(
@@ -113,19 +74,82 @@ def plan_network(
     alpha: float = 1.0,
     args: NetworkArgs | None = None,
 ) -> tuple[ModulePlan, ...]:
-    """A plan for each of `modules`, in their order; alpha stays global whatever the rank."""
+    """A plan for each of `modules`, in their order; the given alpha is the same whatever the rank."""
     args = args or NetworkArgs()
-    names = [module.name for module in modules]
-    ranks = match(names, args.rank_rules).values
-    rates = match(names, args.learning_rate_rules).values
-    return tuple(
-        ModulePlan(
-            module.name,
-            module.in_features,
-            module.out_features,
-            dim if rank is None else int(rank),
-            alpha,
-            rate,
-        )
-        for module, rank, rate in zip(modules, ranks, rates, strict=True)
+    ranks = match([module.name for module in modules], args.rank_rules).values
+    plans = [
+        _plan(module, args, dim if rank is None else int(rank), alpha)
+        for module, rank in zip(modules, ranks, strict=True)
+    ]
+    return _with_rates(plans, args)
+
+
+def plan_from_state(
+    modules: Sequence[ModuleInfo], state: Mapping[str, Any], args: NetworkArgs | None = None
+) -> tuple[ModulePlan, ...]:
+    """A plan for each of `modules` with the ranks, alphas and magnitudes of weights that are there.
+
+    `state` holds tensors under the reference tool's names; a module that it does not have gets rank 0.
+    Raises `HyimgError` for a rank that `split_qkv` cannot divide.
+    """
+    args = args or NetworkArgs()
+    plans = []
+    for module in modules:
+        name = lora_name(module.name)
+        down = state.get(f"{name}.lora_down.weight")
+        rank = 0 if down is None else len(down)
+        alpha = state.get(f"{name}.alpha")
+        own = replace(args, rslora=False, dora=f"{name}.dora_scale" in state)  # alpha holds the scale already
+        plan = _plan(module, own, rank, float(rank if alpha is None else alpha))
+        if num_parts := len(plan.parts):
+            if rank % num_parts:
+                raise HyimgError(
+                    f"the rank {rank} of `{module.name}` is no multiple of {num_parts}, so that it is not split",
+                    hint="leave `split_qkv` out, or give a file that was trained with it",
+                )
+            plan = replace(plan, rank=rank // num_parts, alpha=plan.alpha / num_parts)
+        plans.append(plan)
+    return _with_rates(plans, args)
+
+
+def row_ranges(module: ModuleInfo) -> tuple[int, ...]:
+    """The heights of the parts that are fused in a module's weight: q, k, v and the MLP; empty for one part."""
+    for target in TARGETS:
+        if module.name.startswith(target.block) and module.name.endswith(f".{target.original}"):
+            if len(target.part_widths) == 1:
+                return ()
+            hidden = module.in_features
+            mlp = module.out_features - target.out_width[0] * hidden
+            return tuple(width[0] * hidden + width[1] * mlp for width in target.part_widths)
+    raise AssertionError(module.name)
+
+
+def weak_update_warning(plan: Sequence[ModulePlan], *, alpha: float) -> str | None:
+    """A sentence where the given alpha makes updates `WEAK_FACTOR` or more times weaker than a scale of 1."""
+    weak = [module for module in plan if module.rank and module.scale <= 1 / WEAK_FACTOR]
+    if not weak:
+        return None
+    weakest = min(weak, key=lambda module: module.scale)
+    where = "" if len(weak) == sum(1 for m in plan if m.rank) else f" of {len(weak)} modules"
+    factor = 1 / weakest.scale
+    return (
+        f"alpha {alpha:g} beside rank {weakest.rank} makes the update{where} {factor:.4g} times weaker than alone: "
+        f"unless that is meant, give `--network_alpha {alpha * factor:.4g}`"
     )
+
+
+def _plan(module: ModuleInfo, args: NetworkArgs, rank: int, alpha: float) -> ModulePlan:
+    return ModulePlan(
+        module.name,
+        module.in_features,
+        module.out_features,
+        rank,
+        alpha * math.sqrt(rank) if args.rslora and rank else alpha,
+        parts=row_ranges(module) if args.split_qkv and rank else (),
+        dora=args.dora and rank > 0,
+    )
+
+
+def _with_rates(plans: Sequence[ModulePlan], args: NetworkArgs) -> tuple[ModulePlan, ...]:
+    rates = match([plan.name for plan in plans], args.learning_rate_rules).values
+    return tuple(replace(plan, learning_rate=rate) for plan, rate in zip(plans, rates, strict=True))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def rewrite(contents: LoRAContents, format: Format, *, plain: bool = False) -> list[OutputTensor]:
     """The tensors of `contents` in `format`, ready to be written; their bytes are read then.
 
-    `plain` refuses the tensors of DoRA, LoHa and LoKr even where the format could carry them.
+    `plain` refuses the tensors of LoHa and LoKr even where the format could carry them.
 
     Raises `HyimgError` where the format cannot hold a module's adapter.
     """
@@ -66,10 +66,15 @@ class _Rewriter:
             yield from self._fuse(pieces)
 
     def _check_extras(self, splits: bool) -> None:
-        extras = [key for piece in self.module.pieces for role, key in piece.keys.items() if _is_extra(role)]
-        holds = self.format.has_extras and self.module.is_whole and not splits and not self.plain
-        if extras and not holds:
-            what = "plain LoRA" if self.plain else self.format.title
+        carried = self.format.has_extras and self.module.is_whole and not splits
+        extras = [
+            key
+            for piece in self.module.pieces
+            for role, key in piece.keys.items()
+            if _is_extra(role) and not (carried and (role == "dora_scale" or not self.plain))
+        ]
+        if extras:
+            what = "LoRA" if self.plain else self.format.title
             raise HyimgError(
                 f"`{extras[0]}` in `{self.contents.path}` belongs to a DoRA, LoHa or LoKr, which {what} "
                 "cannot hold",

@@ -10,6 +10,7 @@ inputs that this keeps offloaded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from hyimg.memory.swap_plan import SwapPlan, check_blocks_to_swap
 from hyimg.model.attention import resolve_attention
 from hyimg.model.dit import DiT, run_plainly
 from hyimg.model.header_check import read_dit
-from hyimg.model.loading import load_dit
+from hyimg.model.loading import Placement, load_dit
 from hyimg.model.safetensors_file import Checkpoint
 from hyimg.report import Reporter, size_text
 
@@ -100,13 +101,23 @@ class DiTOptions:
         return text
 
     def load(
-        self, path: Path, device: torch.device, dtype: torch.dtype, report: Reporter, *, mmap: bool = True
+        self,
+        path: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        report: Reporter,
+        *,
+        mmap: bool = True,
+        around: Callable[[Placement], Placement] = lambda placement: placement,
     ) -> DiT:
-        """The frozen DiT, ready to run; what was chosen is noted. Raises as `load_dit`."""
+        """The frozen DiT, ready to run; what was chosen is noted. Raises as `load_dit`.
+
+        `around` may put another placement before the one that quantises and streams.
+        """
         arch = read_dit(Checkpoint.open(path)).arch
         plan = SwapPlan.for_arch(arch, self.blocks_to_swap)
         placement = DiTPlacement(device, dtype, plan=plan, fp8=self.fp8_scaled)
-        dit = load_dit(path, placement=placement, mmap=mmap)
+        dit = load_dit(path, placement=around(placement), mmap=mmap)
         if self.fp8_scaled:
             report.note(placement.errors.summary())
         dit.attention = resolve_attention(

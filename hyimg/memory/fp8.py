@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyimg.errors import HyimgError
-from hyimg.model.layers import Linear
+from hyimg.model.layers import ROWS_AT_A_TIME, Linear
 
 BLOCK_SIZE = 64
 E4M3 = torch.float8_e4m3fn
@@ -256,6 +256,14 @@ class ScaledLinear(Linear):
 
     def product(self, input: Tensor) -> Tensor:
         return scaled_linear(input, self.weight, self.weight_scale, self.bias)
+
+    def multiply(self, input: Tensor) -> Tensor:
+        return scaled_linear(input, self.weight, self.weight_scale)
+
+    def row_norms(self) -> Tensor:
+        values_OI = dequantize(self.weight.detach(), self.weight_scale.detach(), torch.bfloat16)
+        chunks = torch.split(values_OI, ROWS_AT_A_TIME)
+        return torch.cat([torch.linalg.vector_norm(rows.float(), dim=1) for rows in chunks])
 
 
 def put_scaled(model: nn.Module, name: str, q_OI: Tensor, scale: Tensor | None) -> ScaledLinear:

@@ -26,6 +26,8 @@ from hyimg.model.rope import Rope
 Adapter = Callable[[Tensor, Tensor], Tensor]
 
 TIMESTEP_FEATURES = 256
+ROWS_AT_A_TIME = 1024
+"""How many rows of a weight are made float32 together."""
 
 
 class Linear(nn.Linear):
@@ -42,6 +44,15 @@ class Linear(nn.Linear):
     def product(self, input: Tensor) -> Tensor:
         """The base layer's output (P, O) for (P, I), without adapters."""
         return F.linear(input, self.weight, self.bias)
+
+    def multiply(self, input: Tensor) -> Tensor:
+        """The product with the weight alone, without bias and adapters."""
+        return F.linear(input, self.weight)
+
+    def row_norms(self) -> Tensor:
+        """The Euclidean length of each row of the weight, float32 (O,), where the weight is."""
+        chunks = torch.split(self.weight.detach(), ROWS_AT_A_TIME)
+        return torch.cat([torch.linalg.vector_norm(rows.float(), dim=1) for rows in chunks])
 
     def forward(self, input: Tensor) -> Tensor:
         # As a matrix, so that adapters can add to the output in place: to a view, autograd would copy it

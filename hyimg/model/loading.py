@@ -41,7 +41,7 @@ class Placement:
         becomes what it stands for, in bfloat16 where no dtype is asked for.
         """
         if tensor.dtype == torch.float8_e4m3fn:
-            tensor = _unscale(tensor, scale, self.dtype or torch.bfloat16)
+            tensor = unscale(tensor, scale, self.dtype or torch.bfloat16)
         set_parameter(model, name, tensor.to(self.device, self.dtype))
 
 
@@ -51,7 +51,8 @@ def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _unscale(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def unscale(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What an e4m3 tensor and its scales (as `Placement.put` has them) stand for."""
     values = tensor.to(dtype)
     if scale is not None:
         values.view(scale.numel(), -1).mul_(scale.view(-1, 1).to(dtype))
@@ -102,7 +103,7 @@ def read_dit_tensors(
         source = contents.key_map[name]
         tensor = _read(contents.checkpoint, source, torch.device(device))
         if tensor.dtype == torch.float8_e4m3fn:
-            tensor = _unscale(tensor, _read_scale(contents, source, tensor.device), torch.bfloat16)
+            tensor = unscale(tensor, _read_scale(contents, source, tensor.device), torch.bfloat16)
         yield name, tensor
 
 

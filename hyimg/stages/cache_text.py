@@ -11,6 +11,7 @@ from hyimg.cache.atomic import require_writable_folder
 from hyimg.cache.summary import CacheSummary
 from hyimg.cache.text import TextEntry, TextStore
 from hyimg.config.commands import CacheTextConfig
+from hyimg.data.class_captions import class_captions
 from hyimg.data.plan import TextPlan, text_tasks
 from hyimg.data.upkeep import kept_samples, prune_unused, survey, tell_damaged
 from hyimg.data.workspace import open_workspace
@@ -27,8 +28,8 @@ from hyimg.report import Reporter, count_text, duration_text
 
 
 def cache_text(config: CacheTextConfig, report: Reporter) -> CacheSummary:
-    """Encodes the prompts that have no good entry yet: captions with their variants, the empty prompt, and
-    those of `--sample_prompts` with their negative prompts.
+    """Encodes the prompts that have no good entry yet: captions with their variants, the empty prompt, those of
+    `--sample_prompts` with their negative prompts, and the captions of the class of `--trigger_word`.
 
     Raises HyimgError for wrong input before a weight is read.
     """
@@ -55,6 +56,7 @@ def cache_text(config: CacheTextConfig, report: Reporter) -> CacheSummary:
             memo=workspace.index,
         )
         identity = encoders.identity
+    extra += class_captions(workspace.all_samples, config.class_captions)
     kept = kept_samples(config.upkeep, config.dataset, workspace.index) if processes.is_main else []
     store = TextStore(workspace.text_dir, identity, index=workspace.index)
     tasks = text_tasks(workspace.all_samples, store, extra)

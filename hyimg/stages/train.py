@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from hyimg.cache.identity import file_identity
+from hyimg.cache.text import TextStore
 from hyimg.config.commands import TrainConfig
 from hyimg.config.load import flatten
 from hyimg.data.batches import epoch_batches
@@ -25,23 +26,31 @@ from hyimg.data.plan import latent_store_for_training, text_store_for_training
 from hyimg.data.training_data import BatchLoader, TrainingData
 from hyimg.data.workspace import Workspace
 from hyimg.errors import Terminated
-from hyimg.lora.network import LoRANetwork
 from hyimg.memory.device import compute_dtype
 from hyimg.memory.out_of_memory import Place, explained, training_changes
 from hyimg.memory.swap_plan import max_blocks_to_swap
 from hyimg.model.dit import DiT
 from hyimg.model.header_check import read_dit
 from hyimg.model.safetensors_file import Checkpoint
-from hyimg.report import Reporter, count_text, size_text
+from hyimg.report import Reporter, count_text
+from hyimg.training.ema import AdapterEMA
 from hyimg.training.evaluation_setup import make_evaluation
 from hyimg.training.evaluation_weights import averaged_weights
 from hyimg.training.identity import run_identity
 from hyimg.training.loop import train_loop
 from hyimg.training.metadata import training_metadata
 from hyimg.training.metrics import MetricsLog
+from hyimg.training.network_setup import describe_rates, merging_placement
 from hyimg.training.nonfinite import NonFiniteGuard
 from hyimg.training.objective import Objective
 from hyimg.training.preparation import Preparation, open_encoders, open_training_workspace, prepare
+from hyimg.training.preservation import (
+    Preservation,
+    class_caption_flags,
+    class_captions_to_read,
+    reader,
+    terms_of,
+)
 from hyimg.training.resume import Stateful
 from hyimg.training.run import Run
 from hyimg.training.samples import prompts_of_samples
@@ -77,7 +86,7 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
         show_timesteps(prepared, report)
         return TrainResult([], 0, prepared.seed)
     workspace = open_training_workspace(config, report)
-    loader = _open_data(prepared, workspace)
+    loader, texts = _open_data(prepared, workspace, report)
     schedule = _schedule(prepared, workspace)
     identity = run_identity(config, loader.data, schedule)
     resumed = prepared.resumed
@@ -89,7 +98,7 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
     state_path = resumed.saved.path if resumed is not None else None
     claimed = folder.claim(config, overwrite=config.saving.overwrite, resumed=state_path)
     with claimed, explained(partial(_changes_for_memory, prepared)):
-        run = _make_run(prepared, workspace, loader, schedule, identity, report)
+        run = _make_run(prepared, workspace, loader, texts, schedule, identity, report)
         try:
             with run.metrics:
                 train_loop(run)
@@ -106,6 +115,7 @@ def _make_run(
     prepared: Preparation,
     workspace: Workspace,
     loader: BatchLoader,
+    texts: TextStore,
     schedule: Schedule,
     identity: Mapping[str, Any],
     report: Reporter,
@@ -114,9 +124,14 @@ def _make_run(
     config, resumed = prepared.config, prepared.resumed
     assert config.dit.dit is not None
     dit = _load_dit(prepared, report)
-    network = _network(prepared, dit)
     optimization = prepared.optimization
-    stepper = optimization.stepper(network.parameter_groups(optimization.learning_rate), schedule.max_steps)
+    network = prepared.network.build(
+        dit, seed=prepared.seed, device=prepared.device, dtype=optimization.adapter_dtype
+    )
+    groups = network.rate_groups(optimization.learning_rate, prepared.network.args.loraplus_lr_ratio)
+    report.note(describe_rates(groups))
+    stepper = optimization.stepper([group.options() for group in groups], schedule.max_steps)
+    ema = AdapterEMA(network, config.saving.ema_decay) if config.saving.ema_decay else None
     objective = Objective(
         dit,
         prepared.loss,
@@ -146,6 +161,8 @@ def _make_run(
         report=report,
         describe=_describer(workspace, started),
         save_dtype=_SAVE_DTYPES[config.saving.save_precision],
+        preservation=Preservation(objective, network, terms_of(config), reader(texts)),
+        ema=ema,
         guard=NonFiniteGuard(
             skip=config.saving.on_nan == "skip",
             image_paths={sample.key: sample.image_path for sample in workspace.found.samples},
@@ -164,6 +181,9 @@ def _make_run(
     for name, part in (("scheduler", stepper.scheduler), ("scaler", stepper.scaler)):
         if part is not None:
             run.remember(Stateful(name, part.state_dict, part.load_state_dict))
+    if ema is not None:
+        run.remember(Stateful("ema", ema.state_dict, ema.load_state_dict))
+        run.evaluation_modes.append(ema.swapped_in)
     run.evaluation_modes.append(partial(averaged_weights, stepper.optimizer))
     run.remember(Stateful("average", run.average.state_dict, run.average.load_state_dict))
     run.remember(Stateful("guard", run.guard.state_dict, run.guard.load_state_dict))
@@ -171,7 +191,9 @@ def _make_run(
     return run
 
 
-def _open_data(prepared: Preparation, workspace: Workspace) -> BatchLoader:
+def _open_data(
+    prepared: Preparation, workspace: Workspace, report: Reporter
+) -> tuple[BatchLoader, TextStore]:
     """The caches, complete and each of one model; raises HyimgError with the command to run where they are not."""
     config, samples = prepared.config, workspace.found.samples
     encoders = open_encoders(config, workspace)
@@ -185,16 +207,18 @@ def _open_data(prepared: Preparation, workspace: Workspace) -> BatchLoader:
     texts = text_store_for_training(
         workspace.text_dir,
         workspace.all_samples,
-        prompts_of_samples(config.validation),
+        [*prompts_of_samples(config.validation), *class_captions_to_read(config, samples, report)],
         index=workspace.index,
         identity=encoders.identity if encoders is not None else None,
         dataset_config=config.dataset.dataset_config,
+        flags=class_caption_flags(config),
     )
-    return BatchLoader(
+    loader = BatchLoader(
         TrainingData(samples, latents, texts, seed=prepared.seed),
         num_workers=config.caching.max_data_loader_n_workers,
         persistent_workers=config.caching.persistent_data_loader_workers,
     )
+    return loader, texts
 
 
 def _schedule(prepared: Preparation, workspace: Workspace) -> Schedule:
@@ -208,8 +232,6 @@ def _schedule(prepared: Preparation, workspace: Workspace) -> Schedule:
 
 def _tell(prepared: Preparation, workspace: Workspace, schedule: Schedule, report: Reporter) -> None:
     config, arch, samples = prepared.config, prepared.arch, workspace.found.samples
-    adapted = [module for module in prepared.plan if module.rank]
-    parameters = sum(module.trainable_parameters for module in adapted)
     report.note(
         f"model: {arch.num_double}+{arch.num_single} blocks, hidden {arch.hidden}, "
         f"{config.compute.mixed_precision} on {prepared.device}"
@@ -217,12 +239,7 @@ def _tell(prepared: Preparation, workspace: Workspace, schedule: Schedule, repor
     assert config.dit.dit is not None
     computes_in = compute_dtype(config.compute.mixed_precision)
     report.note(prepared.dit_options.describe(config.dit.dit, prepared.device, computes_in))
-    dtype = prepared.optimization.adapter_dtype
-    size = f"{size_text(dtype.itemsize * parameters)} in {str(dtype).removeprefix('torch.')}"
-    report.note(
-        f"network: {len(adapted)} of {len(prepared.plan)} modules, {parameters:,} parameters "
-        f"({size}), rank {config.network.network_dim}, alpha {config.network.network_alpha:g}"
-    )
+    report.note(f"network: {prepared.network.describe()}")
     report.note(
         f"data: {count_text(len(samples), 'image')}, {sum(s.num_repeats for s in samples)} an epoch with repeats, "
         f"{schedule.batches_per_epoch} batches"
@@ -246,6 +263,7 @@ def _load_dit(prepared: Preparation, report: Reporter) -> DiT:
         compute_dtype(config.compute.mixed_precision),
         report,
         mmap=not config.compute.disable_mmap_load_safetensors,
+        around=lambda placement: merging_placement(config, prepared.arch, placement, report),
     )
 
 
@@ -261,15 +279,6 @@ def _changes_for_memory(prepared: Preparation, place: Place) -> list[str]:
         is_fp8_file=read_dit(Checkpoint.open(config.dit.dit)).quantization is not None,
         on_cpu=prepared.device.type == "cpu",
     )
-
-
-def _network(prepared: Preparation, dit: DiT) -> LoRANetwork:
-    network = LoRANetwork.create(dit, seed=prepared.seed, plan=prepared.plan)
-    if prepared.start is not None:
-        network.load_state(prepared.start)
-    network.to(prepared.device, prepared.optimization.adapter_dtype)
-    network.attach(dit)
-    return network
 
 
 def _log_name(prepared: Preparation) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hyimg.data.training_data import LoadedBatch
+from hyimg.lora.max_norm import limit_norms
 from hyimg.report import Task
 from hyimg.training.nonfinite import StepImages
 from hyimg.training.run import Run
@@ -73,14 +74,21 @@ def train_step(run: Run, step: Step, epoch: Epoch, batches: Iterable[LoadedBatch
     keys: list[str] = []
     sigmas: list[Tensor] = []
     losses: list[Tensor] = []
-    for batch in batches:
+    kept: list[Tensor] = []
+    for number, batch in enumerate(batches):
         run.network.set_multiplier(batch.network_multiplier)
+        run.network.set_dropout_key(run.seed, step.number, number, num_images=len(batch.sample_keys))
         loss_B, sigma_B = run.objective(batch, epoch.number)
-        run.stepper.backward(loss_B.sum() / step.num_samples)
+        _backward(run, loss_B, step)
         keys += batch.sample_keys
         sigmas.append(sigma_B)
         losses.append(loss_B.detach())
+        for preservation_B in run.preservation.losses(batch, epoch.number):
+            _backward(run, preservation_B, step)
+            kept.append(preservation_B.detach())
+    run.network.set_dropout_key(None)
     loss_B = torch.cat(losses).float().cpu()
+    run.measured = {"loss_preservation": float(torch.cat(kept).sum()) / step.num_samples} if kept else {}
     norm = run.stepper.gradient_norm()
     if bool(torch.isfinite(loss_B).all()) and run.stepper.overflowed(norm):
         # the loss was scaled too high for the precision, which the scaler mends: no failure
@@ -92,9 +100,23 @@ def train_step(run: Run, step: Step, epoch: Epoch, batches: Iterable[LoadedBatch
     )
     if taken:
         run.stepper.step()
+        _follow_up(run)
     else:
         run.stepper.skip()
     return StepResult(loss_B, norm, taken)
+
+
+def _backward(run: Run, loss_B: Tensor, step: Step) -> None:
+    if loss_B.requires_grad:  # module dropout may have left out every adapter
+        run.stepper.backward(loss_B.sum() / step.num_samples)
+
+
+def _follow_up(run: Run) -> None:
+    """What follows the optimiser: the norms' limit, then the moving average."""
+    if max_norm := run.config.network_training.scale_weight_norms:
+        run.measured |= limit_norms(run.network, max_norm).metrics()
+    if run.ema is not None:
+        run.ema.update()
 
 
 def _log(run: Run, task: Task, epoch: Epoch, result: StepResult, seconds: float) -> None:
@@ -104,7 +126,7 @@ def _log(run: Run, task: Task, epoch: Epoch, result: StepResult, seconds: float)
     values = {"loss": loss, "loss_smoothed": run.average.value, "gradient_norm": norm}
     if not result.taken:
         values |= {"gradient_norm": math.nan}
-    values |= run.stepper.told
+    values |= run.measured | run.stepper.told
     counts = {"samples": len(result.loss_B), "seconds": round(seconds, 6)}
     run.metrics.write({"step": run.step, "epoch": epoch.number, **values, **counts})
     run.accelerator.log({k: v for k, v in values.items() if math.isfinite(v)}, step=run.step)

@@ -32,6 +32,8 @@ _OPTIONS = (
     "network_dim",
     "network_alpha",
     "network_dropout",
+    "scale_weight_norms",
+    "ema_decay",
     "mixed_precision",
     "max_grad_norm",
     "timestep_sampling",
@@ -66,6 +68,8 @@ def training_metadata(
     if options["no_metadata"]:
         return {}
     values: dict[str, Any] = {f"ss_{name}": options[name] for name in _OPTIONS}
+    if options["dim_from_weights"]:  # as the reference tool's own tools write it where ranks differ
+        values |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
     values |= {
         "ss_session_id": keyed_seed(run.seed, started) % 2**32,
         "ss_training_started_at": started,

@@ -41,6 +41,10 @@ class NoisedBatch:
     mixed_noise_BCHW: Tensor
     sigma_B: Tensor
 
+    def noisy(self) -> Tensor:
+        """What the model is shown."""
+        return add_noise(self.latent_BCHW, self.mixed_noise_BCHW, self.sigma_B)
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -92,7 +96,7 @@ class Objective:
         """loss_B of given draws, float32, weighted by noise level but not by sample."""
         device = self.dit.device
         sigma_B = drawn.sigma_B.to(device)
-        noisy_BCHW = add_noise(drawn.latent_BCHW, drawn.mixed_noise_BCHW, drawn.sigma_B).to(device)
+        noisy_BCHW = drawn.noisy().to(device)
         target_BCHW = velocity_target(drawn.latent_BCHW, drawn.noise_BCHW).to(device)
         answer_BCHW = self.predict(noisy_BCHW, sigma_B, text.to(device, self.dit.dtype)).float()
         prediction_BCHW = apply_prediction_type(
@@ -120,7 +124,7 @@ class Objective:
         if (
             not isinstance(loss_B, Tensor)
             or loss_B.shape != context.sigma_B.shape
-            or loss_B.requires_grad != torch.is_grad_enabled()
+            or loss_B.requires_grad != prediction_BCHW.requires_grad
         ):
             shape = list(loss_B.shape) if isinstance(loss_B, Tensor) else type(loss_B).__name__
             raise RunError(

@@ -17,7 +17,7 @@ from hyimg.report import Reporter
 from hyimg.training.fused_backward import FusedBackward
 from hyimg.training.loss_scaler import LossScaler
 from hyimg.training.optimizer_trial import trial_optimizer, try_optimizer
-from hyimg.training.optimizers import MakeOptimizer, makes_own_rate, resolve_optimizer
+from hyimg.training.optimizers import MakeOptimizer, has_modes, makes_own_rate, resolve_optimizer
 from hyimg.training.schedulers import (
     MakeSchedule,
     check_schedule_fits,
@@ -42,6 +42,11 @@ class Optimization:
     learning_rate: float
     rates: tuple[float, ...]
     adapter_dtype: torch.dtype
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether the optimiser keeps averages of the weights, which are what is saved."""
+        return has_modes(trial_optimizer(self.make_optimizer, self.rates))
 
     def check_length(self, num_steps: int, report: Reporter) -> None:
         """Raises HyimgError where the schedule cannot be followed for so many steps."""
@@ -70,6 +75,7 @@ def prepare_optimization(
     *,
     device: torch.device,
     report: Reporter,
+    loraplus_lr_ratio: float = 1.0,
 ) -> Optimization:
     """Resolves and tries what the options name, on small parameters on `device`.
 
@@ -83,7 +89,7 @@ def prepare_optimization(
     _check_fused(config)
     make_optimizer = resolve_optimizer(plugins, name, options.optimizer_args)
     make_schedule = resolve_scheduler(options)
-    rates = _rates(plan, learning_rate)
+    rates = _rates(plan, learning_rate, loraplus_lr_ratio)
     try_optimizer(
         make_optimizer, name, rates=rates, dtype=dtype, device=device, fused=options.fused_backward_pass
     )
@@ -96,10 +102,13 @@ def prepare_optimization(
     return Optimization(config, make_optimizer, make_schedule, learning_rate, rates, dtype)
 
 
-def _rates(plan: Sequence[ModulePlan], learning_rate: float) -> tuple[float, ...]:
+def _rates(
+    plan: Sequence[ModulePlan], learning_rate: float, loraplus_lr_ratio: float = 1.0
+) -> tuple[float, ...]:
     """The rates that the network's parameter groups will have, the run's own first."""
     own = [module.learning_rate for module in plan if module.rank and module.learning_rate != 0]
-    found = dict.fromkeys(learning_rate if rate is None else rate for rate in own)
+    downs = [learning_rate if rate is None else rate for rate in own]
+    found = dict.fromkeys([*downs, *(rate * loraplus_lr_ratio for rate in downs)])
     return tuple(sorted(found, key=lambda rate: rate != learning_rate))
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hyimg.cache.atomic import require_writable_folder
 from hyimg.config.commands import TrainConfig
@@ -20,23 +18,21 @@ from hyimg.config.rendering import Sampling
 from hyimg.data.workspace import Workspace, open_workspace
 from hyimg.encoders.text import TextEncoders
 from hyimg.errors import HyimgError
-from hyimg.flow.renderer import check_loras
 from hyimg.flow.timesteps import TimestepSampler
 from hyimg.flow.weighting import idle_weighting
-from hyimg.lora.file import read_lora
-from hyimg.lora.network import LoRANetwork
-from hyimg.lora.plan import ModulePlan, NetworkArgs, plan_network
+from hyimg.lora.plan import ModulePlan
 from hyimg.memory.device import compute_dtype, resolve_device
 from hyimg.memory.dit import DiTOptions
 from hyimg.model.architecture import DiTArch
-from hyimg.model.keys import linear_modules
 from hyimg.model.loading import check_dit, check_vae
 from hyimg.plugins import Plugins, bind_arguments, load_plugins, parse_arguments
 from hyimg.randomness import keyed_seed
 from hyimg.report import Reporter
 from hyimg.training.identity import options_identity
+from hyimg.training.network_setup import NetworkSetup, prepare_network
 from hyimg.training.objective import Loss
 from hyimg.training.optimization import Optimization, prepare_optimization
+from hyimg.training.preservation import check_preservation, terms_of
 from hyimg.training.resume import Resumed, find_state
 from hyimg.training.run_folder import RunFolder
 from hyimg.training.samples import SamplePlan, require_prompts
@@ -48,16 +44,15 @@ _HUBER_OPTIONS = ("huber_c", "huber_scale", "huber_schedule")
 
 @dataclass(frozen=True)
 class Preparation:
-    """A checked run: `config` has its seed decided, `plan` what each module gets, `start` the weights to begin
-    with under the reference tool's names (None: fresh ones), `resumed` the state to go on from."""
+    """A checked run: `config` has its seed decided, `network` what each module gets and starts with, `resumed`
+    the state to go on from."""
 
     config: TrainConfig
     seed: int
     device: torch.device
     arch: DiTArch
     dit_options: DiTOptions
-    plan: tuple[ModulePlan, ...]
-    start: Mapping[str, Tensor] | None
+    network: NetworkSetup
     loss: Loss
     timestep_sampler: TimestepSampler
     optimization: Optimization
@@ -65,6 +60,10 @@ class Preparation:
     sample_plan: SamplePlan | None
     folder: RunFolder
     resumed: Resumed | None = None
+
+    @property
+    def plan(self) -> tuple[ModulePlan, ...]:
+        return self.network.plan
 
     @property
     def logging_dir(self) -> Path:
@@ -98,9 +97,17 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     idle = idle_weighting(config.flow.weighting_scheme, sampling, config.flow.model_prediction_type)
     if idle is not None:
         report.warning(idle)
-    plan = _plan_network(config, arch, report)
-    start = _start_weights(config, arch, plan, report)
-    optimization = prepare_optimization(config, plugins, plan, device=device, report=report)
+    network = prepare_network(config, arch, report)
+    check_preservation(config, report)
+    optimization = prepare_optimization(
+        config,
+        plugins,
+        network.plan,
+        device=device,
+        report=report,
+        loraplus_lr_ratio=network.args.loraplus_lr_ratio,
+    )
+    _check_together(config, network, optimization)
     assert config.saving.output_dir is not None
     folder = RunFolder(config.saving.output_dir, config.saving.output_name, config.saving.save_format)
     resumed = _resumed(config, folder, report)
@@ -120,8 +127,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
         device=device,
         arch=arch,
         dit_options=dit_options,
-        plan=plan,
-        start=start,
+        network=network,
         loss=_loss(plugins, config),
         timestep_sampler=plugins.resolve("timestep_samplers", sampling),
         optimization=optimization,
@@ -160,6 +166,27 @@ def open_encoders(config: TrainConfig, workspace: Workspace | None = None) -> Te
     return TextEncoders.open(files.text_encoder, files.byt5, files.tokenizer, fp8=files.fp8_vl, memo=memo)
 
 
+def _check_together(config: TrainConfig, network: NetworkSetup, optimization: Optimization) -> None:
+    """Raises HyimgError for options that each work, and not with one another."""
+    if config.optimizer.fused_backward_pass and terms_of(config):
+        raise HyimgError(
+            "`--fused_backward_pass` cannot be used with output preservation, whose loss comes in a pass of its own",
+            hint="leave one of the two out",
+        )
+    if config.saving.ema_decay and optimization.averages_weights:
+        raise HyimgError(
+            f"`--ema_decay` with `{config.optimizer.optimizer_type}`, which averages the weights itself",
+            hint="leave `--ema_decay` out",
+        )
+    if config.memory.torch_compile and (
+        network.dropout.any or any(module.dora or module.parts for module in network.plan)
+    ):
+        raise HyimgError(
+            "`--torch_compile` cannot be used with dropout of adapters, DoRA or `split_qkv`",
+            hint="leave one of the two out",
+        )
+
+
 def _sample_plan(config: TrainConfig, arch: DiTArch, plugins: Plugins) -> SamplePlan | None:
     """The samples that are asked for, their prompts read once so that what is wrong with them is found now."""
     path = config.validation.sample_prompts
@@ -192,51 +219,6 @@ def _check_flow(config: TrainConfig, arch: DiTArch, report: Reporter) -> None:
         report.warning(
             "this is a distilled checkpoint: LoRAs are better trained on the base, and work on both"
         )
-
-
-def _plan_network(config: TrainConfig, arch: DiTArch, report: Reporter) -> tuple[ModulePlan, ...]:
-    args = NetworkArgs.parse(config.network.network_args)
-    modules = linear_modules(arch)
-    for warning in args.warnings(modules, strict=config.network.strict_patterns):
-        report.warning(f"{warning} (`hyimg inspect-modules` lists the names)")
-    plan = plan_network(
-        modules, dim=config.network.network_dim, alpha=config.network.network_alpha, args=args
-    )
-    if not any(module.rank for module in plan):
-        raise HyimgError(
-            "the network is empty: every module has the rank 0",
-            hint="a pattern in `network_reg_dims` must leave at least one module a rank",
-        )
-    if not any(module.trainable_parameters for module in plan):
-        raise HyimgError(
-            "there is nothing to train: every module has the learning rate 0",
-            hint="a pattern in `network_reg_lrs` must leave at least one module a rate",
-        )
-    return plan
-
-
-def _start_weights(
-    config: TrainConfig, arch: DiTArch, plan: tuple[ModulePlan, ...], report: Reporter
-) -> Mapping[str, Tensor] | None:
-    """The weights of `--network_weights`, which are small and so are read and compared with the plan at once."""
-    path = config.network_training.network_weights
-    if path is None:
-        return None
-    check_loras([path], arch)
-    state = read_lora(path)
-    if problem := LoRANetwork(plan).misfit(state):
-        raise HyimgError(
-            f"`{path}` does not fit the network: {problem}",
-            hint="give the `--network_dim` and patterns that it was trained with",
-        )
-    for name, tensor in state.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise HyimgError(f"`{name}` in `{path}` is not finite", hint="start from another file")
-    alphas = {float(tensor) for name, tensor in state.items() if name.endswith(".alpha")}
-    if alphas - {config.network.network_alpha}:
-        given = " and ".join(f"{alpha:g}" for alpha in sorted(alphas))
-        report.warning(f"alpha is {given}, from `{path}`; `--network_alpha` is not used")
-    return state
 
 
 def _loss(plugins: Plugins, config: TrainConfig) -> Loss:

@@ -17,10 +17,12 @@ from hyimg.data.training_data import BatchLoader
 from hyimg.lora.network import LoRANetwork
 from hyimg.plugins import Plugins
 from hyimg.report import Reporter
+from hyimg.training.ema import AdapterEMA
 from hyimg.training.evaluation import Evaluation
 from hyimg.training.metrics import MetricsLog, MovingAverage
 from hyimg.training.nonfinite import NonFiniteGuard
 from hyimg.training.objective import Objective
+from hyimg.training.preservation import Preservation
 from hyimg.training.resume import Resumed, Stateful
 from hyimg.training.run_folder import RunFolder
 from hyimg.training.stepping import Stepper
@@ -31,7 +33,8 @@ from hyimg.training.steps import Schedule
 class Run:
     """Everything about a run in progress; hooks may read it.
 
-    `step` and `epoch` are the last finished ones, 0 before the first. `describe(run)` gives the metadata of
+    `step` and `epoch` are the last finished ones, 0 before the first; `measured` is what the
+    last step gave to the metrics beside its loss. `describe(run)` gives the metadata of
     a file saved now, `identity` decides the run's numbers (`hyimg.training.identity`), `log_name` is the
     tracker's folder and `started` the time of the first start, in seconds since the epoch. Each of
     `evaluation_modes` makes a block in which the weights are those to use, where they are not those that
@@ -52,13 +55,16 @@ class Run:
     report: Reporter
     describe: Callable[[Run], Mapping[str, str]]
     save_dtype: torch.dtype
+    preservation: Preservation
     guard: NonFiniteGuard
     identity: Mapping[str, Any]
     log_name: str
     started: float
+    ema: AdapterEMA | None = None
     resumed: Resumed | None = None
     step: int = 0
     epoch: int = 0
+    measured: dict[str, float] = field(default_factory=dict)
     average: MovingAverage = field(default_factory=MovingAverage)
     evaluation: Evaluation = field(default_factory=Evaluation)
     parts: list[Stateful] = field(default_factory=list)

@@ -149,10 +149,37 @@ def test_dora_is_carried_by_a_change_of_names_and_refused_elsewhere(
     convert(src, tmp_path / "comfy.safetensors", to="comfy")
     carried = load(tmp_path / "comfy.safetensors")[0]["lora_unet_double_blocks_0_img_mlp_0.dora_scale"]
     assert torch.equal(carried, state[f"{name}.dora_scale"])
-    for refused in (lambda: convert(src, tmp_path / "no.safetensors", to="peft"), lambda: read_lora(src)):
-        with pytest.raises(HyimgError, match=r"dora_scale.*cannot hold"):
-            refused()
+    with pytest.raises(HyimgError, match=r"dora_scale.*cannot hold"):
+        convert(src, tmp_path / "no.safetensors", to="peft")
     assert not (tmp_path / "no.safetensors").exists()
+    assert torch.equal(read_lora(tmp_path / "comfy.safetensors")[f"{name}.dora_scale"], carried)
+
+
+def test_magnitudes_are_read_by_rows_only(golden: Path, tmp_path: Path, load: Load) -> None:
+    state, _ = load(_golden(golden, "kohya"))
+    name = "lora_unet_double_blocks_0_img_mlp_fc1.dora_scale"
+    src = tmp_path / "src.safetensors"
+    save_file({**state, name: torch.rand(384)}, src)
+    assert read_lora(src)[name].shape == (384, 1)
+    save_file({**state, name: torch.rand(1, 96)}, src)
+    with pytest.raises(HyimgError, match=r"\[1, 96\], and \[384, 1\] is a length for each output row"):
+        read_lora(src)
+
+
+def test_loha_and_lokr_are_not_read_as_a_lora(golden: Path, tmp_path: Path, load: Load) -> None:
+    state, _ = load(_golden(golden, "kohya"))
+    state["lora_unet_double_blocks_0_img_mlp_fc1.hada_w1_a"] = torch.rand(2, 2)
+    save_file(state, tmp_path / "src.safetensors")
+    with pytest.raises(HyimgError, match=r"hada_w1_a.*which LoRA cannot hold"):
+        read_lora(tmp_path / "src.safetensors")
+
+
+def test_magnitudes_keep_their_precision_in_a_half_precision_file(tmp_path: Path, load: Load) -> None:
+    state = {"lora_unet_x.lora_up.weight": torch.rand(3, 2), "lora_unet_x.dora_scale": torch.rand(3, 1)}
+    save_lora(tmp_path / "lora.safetensors", state, dtype=torch.bfloat16)
+    saved = load(tmp_path / "lora.safetensors")[0]
+    assert saved["lora_unet_x.lora_up.weight"].dtype == torch.bfloat16
+    assert torch.equal(saved["lora_unet_x.dora_scale"], state["lora_unet_x.dora_scale"])
 
 
 def test_an_attention_only_file_may_be_written_in_either_of_its_two_forms(

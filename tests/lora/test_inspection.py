@@ -87,3 +87,9 @@ def test_inspection_imports_no_torch() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+def test_a_weak_update_is_warned_of() -> None:
+    (warning,) = inspect(DIT_2_1, dim=32, alpha=2.0).warnings
+    assert "makes the update 16 times weaker" in warning
+    assert not inspect(DIT_2_1, dim=32, alpha=4.0).warnings

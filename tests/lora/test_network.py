@@ -14,13 +14,15 @@ from torch import Tensor
 from hyimg.errors import HyimgError
 from hyimg.lora.adapter import LoRA
 from hyimg.lora.file import read_lora, save_lora
-from hyimg.lora.merge import delta, merge_into
+from hyimg.lora.merge import MergingPlacement, delta, merge_into
 from hyimg.lora.network import LoRANetwork
-from hyimg.lora.plan import NetworkArgs, plan_network
+from hyimg.lora.network_args import NetworkArgs
+from hyimg.lora.plan import plan_network
 from hyimg.memory.activations import enable_gradient_checkpointing
 from hyimg.model.architecture import DiTArch
 from hyimg.model.dit import DiT
 from hyimg.model.keys import linear_modules
+from hyimg.model.loading import Placement, load_dit
 
 Inputs = tuple[Tensor, Tensor, Any]
 
@@ -187,6 +189,39 @@ def test_parameter_groups_follow_the_rates_and_a_rate_of_zero_freezes(lora_dit: 
     assert trained == {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
 
 
+def test_loraplus_multiplies_the_rate_of_up_matrices_each_rate_by_itself(lora_dit: DiT) -> None:
+    args = NetworkArgs.parse(["network_reg_lrs=single=1e-3,linear2=0", "loraplus_lr_ratio=16"])
+    network = LoRANetwork.create(lora_dit, plan=plan_network(linear_modules(lora_dit.arch), args=args))
+    groups = network.rate_groups(1e-4, args.loraplus_lr_ratio)
+    told = [(group.role, group.lr, len(group.parameters)) for group in groups]
+    assert told == [("down", 1e-4, 20), ("up", 16e-4, 20), ("down", 1e-3, 8), ("up", 16e-3, 8)]
+    ups = {id(lora.lora_up.weight) for _, lora in network.adapters()}
+    assert all(id(p) in ups for group in groups if group.role == "up" for p in group.parameters)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "ratio"),
+    [
+        (["loraplus_lr_ratio=4"], 4),
+        (["loraplus_unet_lr_ratio=8", "loraplus_lr_ratio=4"], 8),
+        (["loraplus_lr_ratio=None"], 1),
+    ],
+)
+def test_the_unets_loraplus_ratio_wins(pairs: list[str], ratio: float) -> None:
+    assert NetworkArgs.parse(pairs).loraplus_lr_ratio == ratio
+
+
+def test_silenced_is_the_base_and_gives_every_multiplier_back(lora_dit: DiT, inputs: Inputs) -> None:
+    network = _fill(LoRANetwork.create(lora_dit))
+    with torch.no_grad():
+        base = lora_dit(*inputs)
+        network.attach(lora_dit)
+        network.set_multiplier(0.5)
+        with network.silenced():
+            assert torch.equal(lora_dit(*inputs), base)
+    assert {lora.multiplier for _, lora in network.adapters()} == {0.5}
+
+
 def test_a_network_without_a_module_is_refused(lora_dit: DiT) -> None:
     plan = plan_network(linear_modules(lora_dit.arch), args=NetworkArgs.parse(["network_reg_dims=.*=0"]))
     with pytest.raises(HyimgError, match="the network is empty"):
@@ -230,6 +265,28 @@ def test_a_merged_model_is_the_live_one(golden: Path, lora_dit: DiT, inputs: Inp
     assert (live - base).abs().max() > 1e-3
     # One product of the sum against the sum of two: float32 rounding through six blocks
     torch.testing.assert_close(merged, live, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loras_are_merged_while_the_model_is_read_and_rounded_once(
+    golden: Path, lora_dit: DiT, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = tmp_path / "dit.safetensors"
+    base = {name: tensor.bfloat16() for name, tensor in lora_dit.state_dict().items()}
+    save_file(base, path)
+    loras = [golden / "lora_kohya.safetensors", golden / "lora_dpipe.safetensors"]
+    merges = [(LoRANetwork.read(lora, lora_dit.arch), 0.7 - i) for i, lora in enumerate(loras)]
+    merged = load_dit(path, placement=MergingPlacement(Placement("cpu", dtype), merges))
+    by_file = load_dit(path, placement=MergingPlacement(Placement("cpu", None), merges))
+    assert by_file.dtype == torch.bfloat16, "the file's"
+    deltas = delta(merges[0][0]), delta(merges[1][0])
+    for name, tensor in merged.state_dict().items():
+        expected = base[name].float()
+        if name in deltas[0]:
+            expected = expected + 0.7 * deltas[0][name] + (0.7 - 1) * deltas[1][name]
+            assert not torch.equal(tensor, base[name].to(dtype))
+        assert torch.equal(tensor, expected.to(dtype)), name
+        assert not tensor.requires_grad
 
 
 # Wrong input

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from hyimg.errors import HyimgError
+from hyimg.lora.network_args import NetworkArgs
 from hyimg.lora.patterns import match, parse_patterns, unmatched
-from hyimg.lora.plan import NetworkArgs, plan_network
+from hyimg.lora.plan import plan_network
 from hyimg.model.architecture import DIT_2_1, DiTArch
 from hyimg.model.keys import linear_modules
 
@@ -130,7 +131,10 @@ def test_a_learning_rate_must_be_finite_and_not_negative(number: str) -> None:
     ("pairs", "named"),
     [
         (["network_reg_dim=a=4"], "network_reg_dim` in `--network_args` is not known"),
-        (["rank_dropout=0.1"], "comes with the training work"),
+        (["rank_dropout=1"], "no probability from 0 to below 1"),
+        (["module_dropout=often"], "not a number"),
+        (["loraplus_lr_ratio=0"], "not above 0"),
+        (["split_qkv=1"], "neither"),
         (["ggpo_beta=0.1"], "not implemented"),
         (["network_reg_dims"], "NAME=VALUE"),
         (["verbose=perhaps"], "neither"),

@@ -176,7 +176,7 @@ def test_a_folder_without_permission(refused, tmp_path, cached_dataset):
         (["--min_timestep", "800", "--max_timestep", "200"], ["`--min_timestep` 800 is not below"]),
         (["--network_args", "network_reg_dims=(=4"], ["valid"]),
         (["--network_args", "network_reg_dims=.*=0"], ["the network is empty"]),
-        (["--network_args", "rank_dropout=0.1"], ["rank_dropout", "training work"]),
+        (["--network_args", "rank_dropout=1"], ["rank_dropout=1", "from 0 to below 1"]),
         (["--network_args", "network_reg_dims=nothing=4", "--strict_patterns"], ["nothing"]),
         (["--output_name", "a/b"], ["must be a plain name"]),
         (["--plugin", "no_such_module"], ["cannot be imported"]),

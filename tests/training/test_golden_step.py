@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hyimg.config.flow import FlowMatching
+from hyimg.config.network import NetworkTraining
 from hyimg.flow.losses import l2
 from hyimg.flow.timesteps import uniform
 from hyimg.lora.network import LoRANetwork
@@ -26,6 +27,7 @@ from hyimg.training.loop import train_step
 from hyimg.training.nonfinite import NonFiniteGuard
 from hyimg.training.objective import NoisedBatch, Objective
 from hyimg.training.optimizers import resolve_optimizer
+from hyimg.training.preservation import Preservation
 from hyimg.training.stepping import Stepper
 from hyimg.training.steps import Epoch, Step
 
@@ -69,6 +71,10 @@ class Golden:
             last_good=None,
             report=SilentReporter(),
             stepper=Stepper(make(self.network.parameter_groups(1e-3), 1e-3), max_grad_norm=max_grad_norm),
+            config=SimpleNamespace(network_training=NetworkTraining()),
+            seed=0,
+            preservation=Preservation(self.objective, self.network, [], lambda prompt: None),
+            ema=None,
         )
         losses = []
         for number in range(1, num_steps + 1):

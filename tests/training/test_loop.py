@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hyimg.config.network import NetworkTraining
 from hyimg.errors import RunError
 from hyimg.model.safetensors_file import read_header
 from hyimg.report import SilentReporter
@@ -24,12 +25,13 @@ class OneParameter:
 
     def __init__(self, max_grad_norm=0.0, loss=None):
         self.parameter = torch.nn.Parameter(torch.zeros(()))
-        self.multiplier = None
+        self.multiplier, self.keys = None, []
         self.loss = loss or (lambda numbers_B: numbers_B * self.multiplier * self.parameter)
         self.run = SimpleNamespace(
             network=SimpleNamespace(
                 set_multiplier=lambda value: setattr(self, "multiplier", value),
                 adapters=lambda: [(SimpleNamespace(name="it"), torch.nn.ParameterList([self.parameter]))],
+                set_dropout_key=lambda *key, num_images=1: self.keys.append(key),
             ),
             objective=lambda batch, epoch: (
                 self.loss(torch.tensor(batch.numbers)),
@@ -39,7 +41,15 @@ class OneParameter:
             guard=NonFiniteGuard(),
             last_good=None,
             report=SilentReporter(),
+            config=SimpleNamespace(network_training=NetworkTraining()),
+            seed=7,
+            preservation=SimpleNamespace(losses=lambda batch, epoch: iter(self.preserved(batch))),
+            ema=None,
         )
+
+    def preserved(self, batch):
+        """Losses beside the images' own, by default none."""
+        return []
 
     def step(self, *batches, multipliers=None):
         """Takes a step; gives (losses, norm of the gradient, how far the parameter went down)."""
@@ -70,6 +80,28 @@ def test_each_step_starts_from_no_gradient():
 
 def test_each_batch_is_trained_at_its_datasets_multiplier():
     assert OneParameter().step([1.0, 2.0], [6.0], multipliers=[1.0, 0.5])[2] == 2.0
+
+
+def test_each_batch_drops_by_the_key_of_its_place_in_the_step_and_nothing_is_dropped_after():
+    run = OneParameter()
+    run.step([1.0], [2.0])
+    assert run.keys == [(7, 1, 0), (7, 1, 1), (None,)]
+
+
+def test_what_is_preserved_adds_to_the_gradient_and_is_told_apart_from_the_loss():
+    run = OneParameter()
+    run.preserved = lambda batch: [
+        torch.full((len(batch.numbers),), 10.0) * (1 + run.parameter) for _ in range(2)
+    ]
+    losses, norm, _ = run.step([1.0, 2.0], [6.0])
+    assert losses == [0.0, 0.0, 0.0]
+    assert norm == pytest.approx(3.0 + 20.0)
+    assert run.run.measured == {"loss_preservation": 20.0}
+
+
+def test_a_batch_whose_adapters_are_all_left_out_adds_nothing():
+    run = OneParameter(loss=lambda numbers_B: numbers_B)
+    assert run.step([1.0])[1:] == (0.0, 0.0)
 
 
 def test_the_gradient_is_clipped_by_its_norm_which_is_told_before():

@@ -253,7 +253,9 @@ def test_of_many_images_those_are_named_whose_loss_is_not_finite(train, spy):
 
 
 def test_of_many_images_a_few_are_named_where_all_are_to_blame(train, spy, make_dataset):
-    spy.on_start = lambda run: run.stepper.parameters[0].register_hook(lambda gradient: gradient * float("nan"))
+    spy.on_start = lambda run: run.stepper.parameters[0].register_hook(
+        lambda gradient: gradient * float("nan")
+    )
     with pytest.raises(RunError) as caught:
         train(dataset_config=make_dataset("batch_size = 3"), gradient_accumulation_steps=2)
     assert caught.value.message.count(".png` at timestep ") == 4
