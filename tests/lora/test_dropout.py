@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -34,10 +35,12 @@ def _lora(key: tuple[object, ...] | None = (0, 1, 0), **rates: float) -> LoRA:
 
 
 def _update(lora: LoRA, *shape: int) -> Tensor:
-    """What the adapter adds for an input of ones."""
+    """What the adapter adds for an input of ones; the first of `shape` are the images."""
+    assert lora.dropout is not None
+    lora.dropout.num_images = shape[0]
     with torch.no_grad():
-        update: Tensor = lora(torch.ones(*shape, R), torch.zeros(*shape, R))
-    return update
+        update: Tensor = lora(torch.ones(math.prod(shape), R), torch.zeros(math.prod(shape), R))
+    return update.view(*shape, R)
 
 
 def test_dropout_drops_values_and_makes_up_for_them() -> None:
@@ -92,6 +95,8 @@ def test_the_parts_of_a_split_module_have_masks_of_their_own(lora_dit: DiT) -> N
         for parameter in split.parameters():
             parameter.fill_(1.0)
         hidden = lora_dit.arch.hidden
+        assert split.dropout is not None
+        split.dropout.num_images = B
         q, k, v = split.product(torch.ones(B, hidden), split.dropout).split(hidden, dim=1)
     assert not torch.equal(q, k)
     assert not torch.equal(k, v)

@@ -232,7 +232,7 @@ def test_base_weights_that_are_not_finite_are_refused_before_the_model_is_read(
     next(iter(state.values())).fill_(torch.nan)
     save_file(state, tmp_path / "bad.safetensors")
     monkeypatch.setattr(
-        "hyimg.stages.train.load_dit", lambda *args, **kwargs: pytest.fail("the model was read")
+        "hyimg.memory.dit.load_dit", lambda *args, **kwargs: pytest.fail("the model was read")
     )
     with pytest.raises(HyimgError, match="holds NaN or infinity"):
         train(base_weights=(tmp_path / "bad.safetensors",))

@@ -110,7 +110,7 @@ def test_the_schedule_of_a_run_of_epochs_is_as_long_as_they_are(train):
     ],
 )
 def test_what_cannot_be_is_found_before_the_model_is_read(train, monkeypatch, options, message):
-    monkeypatch.setattr("hyimg.stages.train._load_dit", lambda *a, **k: pytest.fail("the model was read"))
+    monkeypatch.setattr("hyimg.memory.dit.load_dit", lambda *a, **k: pytest.fail("the model was read"))
     with pytest.raises(HyimgError, match=message):
         train(max_train_epochs=2, **options)
 
