@@ -79,7 +79,9 @@ def _parse(arguments: list[str] | None) -> tuple[Options, list[str], Path]:
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"there is no part `{unknown[0]}`; there are {', '.join(PARTS)}")
     parts = parts or (list(_ON_CPU) if given.device == "cpu" else ["training_step", "gpu"])
-    options = Options(given.output / "scratch", given.runs, given.device, given.toy, given.only)
+    # torch sets limits and the current device by number only
+    device = "cuda:0" if given.device == "cuda" else given.device
+    options = Options(given.output / "scratch", given.runs, device, given.toy, given.only)
     return options, parts, given.output / "results.json"
 
 

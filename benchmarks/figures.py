@@ -68,9 +68,10 @@ def command(name: str, arguments: list[str], runs: int, beside: str = "") -> Fig
     return Figure(name, seconds, statistics.median(peaks), beside)
 
 
-def median(run: Callable[[], None], runs: int) -> float:
-    """Median seconds of so many runs, after one that does not count."""
-    run()
+def median(run: Callable[[], object], runs: int, *, warm: bool = False) -> float:
+    """Median seconds of so many runs, after one that does not count where all is not `warm` yet."""
+    if not warm:
+        run()
     times = []
     for _ in range(runs):
         started = time.perf_counter()

@@ -137,6 +137,8 @@ def run(form: Form, options: Options) -> list[dict[str, Any]]:
 
     arch = TOY_DEEP if options.toy else FULL
     is_cuda = options.device.startswith("cuda")
+    if is_cuda:
+        torch.cuda.set_device(options.device)
     if form.cap_gb is not None and is_cuda:
         _cap_memory(form.cap_gb, options.device)
     dit, swap = build(form, arch, options.device)
@@ -204,7 +206,7 @@ def _measure_step(
         process_mb = (_outside_the_allocator(options.device) + reserved) / 1e6
     return {
         "first_seconds": first,
-        "seconds": median(step, options.runs),  # a step ends with its loss on the host
+        "seconds": median(step, options.runs, warm=True),  # a step ends with its loss on the host
         "peak_mb": peak.num_bytes / 1e6,
         "process_mb": process_mb,
         "streamed_bytes": streamed,
@@ -287,7 +289,7 @@ def _cap_memory(gigabytes: int, device: str) -> None:
     torch.mm(a, a)  # the libraries' own memory comes with their first use
     allowed = gigabytes * 2**30 - _outside_the_allocator(device)
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
 
 
 def _outside_the_allocator(device: str) -> int:

@@ -2,8 +2,8 @@
 
 A DiT of a billion parameters with random weights, bf16, in original names. Each way in a process of its own, the
 file in the system's cache. `own` is memory that the system cannot take back (weights that were copied); `mapped`
-are pages of the file, given back whenever they are wanted. `usual` is what is often done: safetensors' `load_file`,
-then `load_state_dict`.
+are pages of the file, given back whenever they are wanted. `usual` is what a careful program does without us:
+safetensors' `load_file` into an empty model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Way:
 
 
 WAYS = (
-    Way("usual: load_file, load_state_dict", usual=True),
+    Way("usual: load_file, assigned", usual=True),
     Way("bf16, mapped"),
     Way("bf16, read", mmap=False),
     Way("fp8_scaled", fp8=True),
@@ -84,14 +84,15 @@ def load(path: Path, way: Way, device: str, toy: bool) -> dict[str, float]:
     options = DiTOptions(fp8_scaled=way.fp8, blocks_to_swap=swapped)
     if device.startswith("cuda"):
         torch.zeros(1, device=device)  # the context is nobody's weights
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     with ProcessPeaks() as peaks:
         started = time.perf_counter()
         if way.usual:
             from safetensors.torch import load_file
 
-            dit = DiT(arch).to(torch.bfloat16)
-            dit.load_state_dict(load_file(path))
+            with torch.device("meta"):
+                dit = DiT(arch)
+            dit.load_state_dict(load_file(path), assign=True)
             dit.to(device)
         else:
             dit = options.load(path, torch.device(device), torch.bfloat16, SilentReporter(), mmap=way.mmap)
@@ -103,6 +104,6 @@ def load(path: Path, way: Way, device: str, toy: bool) -> dict[str, float]:
         "mapped": float(peaks.mapped),
     }
     if device.startswith("cuda"):
-        result["device"] = float(torch.cuda.max_memory_allocated())
+        result["device"] = float(torch.cuda.max_memory_allocated(device))
     del dit
     return result

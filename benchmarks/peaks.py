@@ -12,7 +12,7 @@ POLL_SECONDS = 0.003
 class ProcessPeaks:
     """The largest growth of this process's own and mapped memory in a block, looked at every few ms (Linux).
 
-    `own` is memory that the system cannot take back (anonymous pages), in bytes; `mapped` are pages of files, which
+    `own` is memory that the system cannot take back (of no file), in bytes; `mapped` are pages of files, which
     count as used and are given back whenever they are wanted. `own_left` is what of `own` is there at the end.
     """
 
@@ -44,7 +44,8 @@ class ProcessPeaks:
     def _now() -> tuple[int, int]:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
-        return 1024 * kilobytes["RssAnon"], 1024 * kilobytes["RssFile"]
+        # Pages that are shared with nobody, but could be, count as shared memory
+        return 1024 * (kilobytes["RssAnon"] + kilobytes["RssShmem"]), 1024 * kilobytes["RssFile"]
 
 
 class DevicePeak:

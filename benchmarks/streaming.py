@@ -12,14 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks.figures import Figure, Options
-from hyimg.memory.streaming import Phase, Streamer
-from hyimg.memory.swap_plan import SwapPlan
+from benchmarks.figures import Figure, Options, apart
 from hyimg.model.architecture import DIT_2_1, DiTArch
 from hyimg.model.keys import linear_modules
 
 BLOCKS_TO_SWAP = (9, 18, 32, 37)
-NUM_SLOTS = 2
 TOKENS = 4096
 
 
@@ -69,20 +66,29 @@ class VirtualEngine:
 
 def measure(options: Options) -> Iterator[Figure]:
     """One figure for each machine, precision and number of streamed blocks."""
-    for machine in MACHINES[:1] if options.toy else MACHINES:
-        for fp8 in (False, True):
-            for blocks_to_swap in BLOCKS_TO_SWAP:
-                yield _figure(machine, fp8, blocks_to_swap)
+    yield from figures(MACHINES[:1]) if options.toy else apart(figures, MACHINES)
+
+
+def figures(machines: Sequence[Machine]) -> list[Figure]:
+    """The simulated steps on each machine."""
+    return [
+        _figure(machine, fp8, blocks_to_swap)
+        for machine in machines
+        for fp8 in (False, True)
+        for blocks_to_swap in BLOCKS_TO_SWAP
+    ]
 
 
 def _figure(machine: Machine, fp8: bool, blocks_to_swap: int) -> Figure:
     total, computing, copying = simulate(DIT_2_1, machine, blocks_to_swap, fp8=fp8)
     bound = max(computing, copying)
+    three_slots = simulate(DIT_2_1, machine, blocks_to_swap, fp8=fp8, num_slots=3)[0] / bound
     return Figure(
         f"{machine.name}, {'fp8' if fp8 else 'bf16'}, {blocks_to_swap} streamed",
         total,
         beside=f"{total / bound:.3f} of the larger of computing {computing:.2f} s and copying {copying:.2f} s, "
-        f"{total / (computing + copying):.2f} of their sum; link {copying / total:.0%} busy",
+        f"{total / (computing + copying):.2f} of their sum; link {copying / total:.0%} busy; "
+        f"with three buffers {three_slots:.3f}",
         values={
             "link": machine.link,
             "compute": machine.compute,
@@ -91,24 +97,37 @@ def _figure(machine: Machine, fp8: bool, blocks_to_swap: int) -> Figure:
             "computing": computing,
             "copying": copying,
             "of_larger": total / bound,
+            "of_larger_with_three_slots": three_slots,
             "of_sum": total / (computing + copying),
         },
     )
 
 
 def simulate(
-    arch: DiTArch, machine: Machine, blocks_to_swap: int, *, fp8: bool, num_steps: int = 4
+    arch: DiTArch,
+    machine: Machine,
+    blocks_to_swap: int,
+    *,
+    fp8: bool,
+    num_slots: int | None = None,
+    num_steps: int = 4,
 ) -> tuple[float, float, float]:
     """Virtual seconds of a training step: in all, of computation alone, and of copies alone; means of the steps.
 
-    Several, since a step begins with what the one before has left in the ring.
+    Several, since a step begins with what the one before has left in the ring. `num_slots` None is the ring that
+    training has.
     """
+    from hyimg.memory.streaming import Phase, Streamer
+    from hyimg.memory.swap import NUM_SLOTS
+    from hyimg.memory.swap_plan import SwapPlan
+
+    num_slots = num_slots or NUM_SLOTS
     plan = SwapPlan.for_arch(arch, blocks_to_swap)
     unit_of = {block: number for number, blocks in enumerate(plan.units) for block in blocks}
     byte_of, operations_of = block_bytes(arch, fp8=fp8), block_operations(arch, TOKENS)
     copies = [sum(byte_of[block] for block in blocks) / machine.link for blocks in plan.units]
-    engine = VirtualEngine(copies, NUM_SLOTS)
-    streamer = Streamer(len(plan.units), NUM_SLOTS, engine)
+    engine = VirtualEngine(copies, num_slots)
+    streamer = Streamer(len(plan.units), num_slots, engine)
     computing = 0.0
 
     def run(block: str, phase: Phase, passes: int) -> None:

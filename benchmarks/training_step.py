@@ -112,10 +112,10 @@ def run(case: Case, runs: int) -> dict[str, float]:
     step = training_step(dit, network, case.side)
     step()  # makes the optimiser's state and warms caches
     with DevicePeak(case.device) as peak:
-        held = torch.cuda.memory_allocated() if case.device.startswith("cuda") else 0
+        held = torch.cuda.memory_allocated(case.device) if case.device.startswith("cuda") else 0
         loss = step()
     return {
-        "seconds": median(step, runs),
+        "seconds": median(step, runs, warm=True),
         "peak_mb": (peak.num_bytes - held) / 1e6,
         "loss": loss,
     }

@@ -74,9 +74,9 @@ def run(way: Way, direction: str, options: Options) -> dict[str, float]:
         else:
             vae.decode(latent_BCHW)
         if is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(options.device)
 
     with DevicePeak(options.device) as peak:
-        held = torch.cuda.memory_allocated() if is_cuda else 0
+        held = torch.cuda.memory_allocated(options.device) if is_cuda else 0
         call()
-    return {"seconds": median(call, 1), "peak_mb": (peak.num_bytes - held) / 1e6}
+    return {"seconds": median(call, 1, warm=True), "peak_mb": (peak.num_bytes - held) / 1e6}

@@ -62,8 +62,8 @@ class VAEFile:
         None,
         minimum=128,
         multiple_of=32,
-        help="VAE in overlapping tiles of so many pixels a side, blended where they meet (512 is a good value): "
-        "saves the most memory, at any picture size; pictures larger than a tile change a little",
+        help="VAE in overlapping tiles of so many pixels a side (512 is a good value): takes the least memory and, for "
+        "pictures larger than a tile, several times as long; the result is the same but for rounding",
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from hyimg.config.models import Memory, TrainingMemory
 from hyimg.errors import HyimgError
 from hyimg.memory.activations import CheckpointOptions, checkpointed
+from hyimg.memory.compilation import compile_blocks, require_compiler
 from hyimg.memory.fp8 import require_fp8_device
 from hyimg.memory.placement import DiTPlacement
 from hyimg.memory.plan import weight_bytes

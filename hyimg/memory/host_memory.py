@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Enough for every kernel's alignment, and for the widest dtype
 _ALIGNMENT = 512
@@ -36,11 +36,12 @@ class Field:
 class HostBuffer:
     """Tensors of any dtypes in one piece of host memory, which is copied as a whole.
 
-    `locked` says whether its pages are locked, which `lock` asks for and the system may refuse.
+    `locked` says whether its pages are locked, which `lock` asks for and the system may refuse; for the CUDA
+    device that is current.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], *, lock: bool) -> None:
-        """Copies the tensors in, one after another."""
+        """Copies the tensors in, one after another. Parameters move in: their own memory goes as this one comes."""
         self.fields: dict[str, Field] = {}
         end = 0
         for name, tensor in tensors.items():
@@ -50,9 +51,13 @@ class HostBuffer:
         # for every process that is forked (data loader workers), all of them at once
         self._pages = mmap.mmap(-1, max(end, 1))
         self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8, count=end)
-        self.locked = lock and self._lock()
         for name, tensor in tensors.items():
-            self.view(name).copy_(tensor)
+            view = self.view(name)
+            view.copy_(tensor.detach())
+            if isinstance(tensor, nn.Parameter):
+                tensor.data = view
+        # Last, since a page that is locked is there, used or not
+        self.locked = lock and self._lock()
 
     def view(self, name: str) -> Tensor:
         """The tensor in this buffer."""
@@ -65,11 +70,12 @@ class HostBuffer:
             _forget_last_cuda_error()
             return False
         # Holds the pages, so that they are not given back while the driver has them
-        weakref.finalize(self, _unlock, address, self._pages)
+        weakref.finalize(self, _unlock, torch.cuda.current_device(), address, self._pages)
         return True
 
 
-def _unlock(address: int, pages: mmap.mmap) -> None:
+def _unlock(device: int, address: int, pages: mmap.mmap) -> None:
+    torch.cuda.synchronize(device)  # the last copy ahead may still be under way
     torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 

@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hyimg.memory.host_memory import HostBuffer
+
 # A block's inputs stay on the device while this many further blocks start: so long may their copy take
 _BLOCKS_UNDER_WAY = 2
 
@@ -39,8 +41,8 @@ class CopyLane(Protocol):
     def wait(self, ticket: Any) -> None:
         """Lets the computation enqueued from here on wait for a copy."""
 
-    def drain(self) -> None:
-        """Makes the host wait until no copy is under way."""
+    def free(self, buffer: Tensor) -> None:
+        """Gives what was allocated back, as soon as no copy is under way; the host waits for that."""
 
 
 class SynchronousLane:
@@ -55,7 +57,7 @@ class SynchronousLane:
     def wait(self, ticket: None) -> None:
         pass
 
-    def drain(self) -> None:
+    def free(self, buffer: Tensor) -> None:
         pass
 
 
@@ -69,10 +71,13 @@ class CudaLane:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._locked: dict[int, HostBuffer] = {}
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def allocate(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        buffer = HostBuffer({"": torch.empty(num_bytes, dtype=torch.uint8)}, lock=True)
+        self._locked[buffer.bytes.data_ptr()] = buffer  # unlocks its pages when it goes
+        return buffer.bytes
 
     def copy(self, destination: Tensor, source: Tensor) -> torch.cuda.Event:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -84,8 +89,9 @@ class CudaLane:
     def wait(self, ticket: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(ticket)
 
-    def drain(self) -> None:
+    def free(self, buffer: Tensor) -> None:
         self.stream.synchronize()
+        del self._locked[buffer.data_ptr()]
 
 
 class HostPool:
@@ -104,8 +110,7 @@ class HostPool:
         if fitting:
             return self._remove(min(fitting, key=len))
         if self._free:
-            self._lane.drain()  # a copy from or to it may still be under way
-            self._remove(max(self._free, key=len))
+            self._lane.free(self._remove(max(self._free, key=len)))
         return self._lane.allocate(_rounded(num_bytes))
 
     def give_back(self, buffers: list[Tensor]) -> None:

@@ -57,6 +57,10 @@ class Streamer:
             self._load(following, keep={unit, *ahead})
         return slot
 
+    def forget(self, unit: int) -> None:
+        """Copies a unit anew when it is asked for next: its bytes on the host are others now."""
+        self._contents = [None if held == unit else held for held in self._contents]
+
     def unit_in(self, slot: int) -> int | None:
         """The unit that a slot holds or is about to hold."""
         return self._contents[slot]

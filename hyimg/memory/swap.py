@@ -9,6 +9,10 @@ Weights are wanted a second time in the backward pass. Under checkpointing a blo
 asks for its unit, and the slot holds it until the next block is run. Otherwise autograd would keep views of a
 slot that is filled anew; what is saved instead is which unit and which part of it, and the backward pass
 asks the streamer for that.
+
+A slot is never read after it was refilled: blocks run one after another, and autograd runs the nodes of a later
+block, whose sequence numbers are higher, before those of an earlier one; so when a unit is asked for, nothing
+is left to do with the unit before.
 """
 
 from __future__ import annotations
@@ -21,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 
 from hyimg.memory.copy_engine import CopyEngine, CudaCopyEngine, SynchronousCopyEngine
 from hyimg.memory.host_memory import HostBuffer
@@ -32,6 +35,9 @@ from hyimg.model.layers import Linear
 
 NUM_SLOTS = 2
 """One unit computes while the next one arrives."""
+
+# A module, the name of its parameter, and what is there while a block runs
+_Lent = tuple[nn.Module, str, nn.Parameter]
 
 # (slots, units) -> the engine that copies between them
 MakeEngine = Callable[[Sequence[Tensor], Sequence[Tensor]], CopyEngine]
@@ -53,7 +59,7 @@ class BlockSwap:
 
     The streamed weights of the DiT must be in host memory; they are moved into page-locked buffers, unit by
     unit, and the model's parameters become views of those. `checkpointing` says that `run` is called inside
-    of a checkpoint, and then `forward_pass` must be around that.
+    of a checkpoint, and then `around_checkpoint` must be around that.
     """
 
     def __init__(
@@ -70,22 +76,36 @@ class BlockSwap:
         self.device = device
         self.checkpointing = checkpointing
         self._unit_of: dict[nn.Module, int] = {}
-        self._prefix_of: dict[nn.Module, str] = {}
         self.buffers: list[HostBuffer] = []
+        self._parameters: list[list[nn.Parameter]] = []
+        names_of: dict[nn.Module, str] = {}
+        is_cuda = device.type == "cuda"
         for number, names in enumerate(plan.units):
-            for name in names:
-                block = dit.get_submodule(name)
-                self._unit_of[block], self._prefix_of[block] = number, f"{name}."
-            self.buffers.append(_move_to_buffer(dit, names, lock=device.type == "cuda"))
+            blocks = {name: dit.get_submodule(name) for name in names}
+            parameters = {
+                f"{name}.{leaf}": block.get_parameter(leaf)
+                for name, block in blocks.items()
+                for leaf in streamed_parameters(block)
+            }
+            with torch.cuda.device(device) if is_cuda else contextlib.nullcontext():
+                self.buffers.append(HostBuffer(parameters, lock=is_cuda))
+            self._parameters.append(list(parameters.values()))
+            for name, block in blocks.items():
+                self._unit_of[block], names_of[block] = number, name
+        self._versions = [self._version(number) for number in range(len(plan.units))]
         units = [buffer.bytes for buffer in self.buffers]
         largest = max(len(unit) for unit in units)
         num_slots = min(num_slots, len(units))
         self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(num_slots)]
-        make_engine = make_engine or (CudaCopyEngine if device.type == "cuda" else SynchronousCopyEngine)
+        make_engine = make_engine or (CudaCopyEngine if is_cuda else SynchronousCopyEngine)
         self.engine = make_engine(self.slots, units)
         self.streamer = Streamer(len(units), num_slots, self.engine)
         self._slot_at = {slot.untyped_storage().data_ptr(): number for number, slot in enumerate(self.slots)}
-        self._views: dict[tuple[nn.Module, int], dict[str, Tensor]] = {}
+        self._lent = {
+            (block, slot): self._lend(block, names_of[block], buffer)
+            for block in self._unit_of
+            for slot, buffer in enumerate(self.slots)
+        }
         self._in_forward_pass = False
 
     @property
@@ -133,31 +153,49 @@ class BlockSwap:
             self._in_forward_pass = False
 
     def _call(self, block: nn.Module, unit: int, phase: Phase, args: tuple[Any, ...]) -> Any:
-        slot = self.streamer.acquire(unit, phase)
-        return functional_call(block, self._weights(block, unit, slot), args)
+        lent = self._lent[block, self._acquire(unit, phase)]
+        own = [(module, leaf, module.get_parameter(leaf)) for module, leaf, _ in lent]
+        try:
+            _set_parameters(lent)
+            return block(*args)
+        finally:
+            _set_parameters(own)
 
-    def _weights(self, block: nn.Module, unit: int, slot: int) -> dict[str, Tensor]:
-        """The streamed parameters of a block, by their names in it, as views of a slot."""
-        if (block, slot) not in self._views:
-            prefix = self._prefix_of[block]
-            self._views[block, slot] = {
-                name.removeprefix(prefix): field.view(self.slots[slot])
-                for name, field in self.buffers[unit].fields.items()
-                if name.startswith(prefix)
-            }
-        return self._views[block, slot]
+    def _lend(self, block: nn.Module, name: str, slot: Tensor) -> list[_Lent]:
+        """The streamed parameters of a block as views of a slot.
+
+        Parameters too, of the same dtypes and shapes: to the compiler a block is as it was.
+        """
+        fields = self.buffers[self._unit_of[block]].fields
+        lent = []
+        for path in streamed_parameters(block):
+            view = nn.Parameter(fields[f"{name}.{path}"].view(slot), requires_grad=False)
+            module, _, leaf = path.rpartition(".")
+            lent.append((block.get_submodule(module), leaf, view))
+        return lent
+
+    def _acquire(self, unit: int, phase: Phase) -> int:
+        """The slot with the unit as it is now: what was written to its parameters, a merge say, is seen."""
+        version = self._version(unit)
+        if version != self._versions[unit]:
+            self.streamer.forget(unit)
+            self._versions[unit] = version
+        return self.streamer.acquire(unit, phase)
+
+    def _version(self, unit: int) -> int:
+        return sum(parameter._version for parameter in self._parameters[unit])
 
     def _pack(self, tensor: Tensor) -> Tensor | _SlotView:
         slot = self._slot_at.get(tensor.untyped_storage().data_ptr())
         unit = None if slot is None else self.streamer.unit_in(slot)
         if unit is None:
-            return tensor
+            return tensor.detach()  # a node that holds its own output would never be freed
         return _SlotView(unit, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, packed: Tensor | _SlotView) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        slot = self.slots[self.streamer.acquire(packed.unit, Phase.BACKWARD)]
+        slot = self.slots[self._acquire(packed.unit, Phase.BACKWARD)]
         return slot.view(packed.dtype).as_strided(packed.size, packed.stride, packed.start)
 
 
@@ -172,10 +210,6 @@ def streamed_parameters(block: nn.Module) -> list[str]:
     ]
 
 
-def _move_to_buffer(dit: DiT, blocks: Sequence[str], *, lock: bool) -> HostBuffer:
-    """The streamed parameters of blocks in one buffer, which the model then holds in place of its own."""
-    names = [f"{block}.{name}" for block in blocks for name in streamed_parameters(dit.get_submodule(block))]
-    buffer = HostBuffer({name: dit.get_parameter(name).detach() for name in names}, lock=lock)
-    for name in names:
-        dit.get_parameter(name).data = buffer.view(name)
-    return buffer
+def _set_parameters(parameters: Sequence[_Lent]) -> None:
+    for module, leaf, parameter in parameters:
+        setattr(module, leaf, parameter)

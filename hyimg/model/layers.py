@@ -222,7 +222,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, latent_BCHW: Tensor) -> Tensor:
         tokens_BDHW: Tensor = self.proj(latent_BCHW)
-        return tokens_BDHW.flatten(2).transpose(1, 2)
+        # Not a view: what is offloaded comes back as a tensor of its own, and compiled blocks tell the two apart
+        return tokens_BDHW.flatten(2).transpose(1, 2).contiguous()
 
 
 class FinalLayer(nn.Module):

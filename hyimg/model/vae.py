@@ -8,7 +8,9 @@ Shapes: B batch, C channels, H W image, feature or latent size
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,9 +25,9 @@ from hyimg.model.vae_tiling import GroupNorm, Layer, modules_of, run_in_tiles
 # The latents that the DiT sees are the VAE's times this (official `config.json` of the VAE)
 SCALING_FACTOR = 0.75289
 
-# Levels that are run in tiles, from the image inwards: at 2048x2048 the others together take less than one
-# of them
-_TILED_LEVELS = 3
+# Stages that are run in tiles: those whose blocks work at the image's size, a half and a quarter of it. What is
+# farther in takes little
+_NUM_TILED = 3
 
 # (r1 r2 c): where a 2x2 square of pixels goes among the channels
 _PIXELS_TO_CHANNELS = "b c (h r1) (w r2) -> b (r1 r2 c) h w"
@@ -66,11 +68,11 @@ class VAE(nn.Module):
                 module.chunk_rows = chunk_rows
 
     def set_tile_size(self, pixels: int | None) -> None:
-        """Runs the levels near the image in tiles of so many pixels a side (None: whole), for memory of a tile.
+        """Runs the stages near the image in tiles of so many pixels a side (None: whole).
 
         At least 128, a multiple of 8. For use without gradients. A picture that fits in a tile gives the same
-        bits as without; for a larger one see `hyimg.model.vae_tiling`: equal within rounding, several times
-        slower.
+        bits as without; a larger one is equal within rounding, and takes several times as long
+        (`hyimg.model.vae_tiling` says why).
         """
         assert pixels is None or (pixels >= 128 and pixels % 8 == 0)
         self.encoder.tile_size = self.decoder.tile_size = pixels
@@ -116,9 +118,9 @@ class Encoder(nn.Module):
         self.conv_out = conv3x3(widths[-1], 2 * arch.latent_channels)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        levels = [_layers(level) for level in self.down]
-        levels[0].insert(0, self.conv_in)
-        x = self.mid(_run_levels(enumerate(levels), image_BCHW, self.tile_size))
+        stages = [_layers(level) for level in self.down]
+        stages[0].insert(0, self.conv_in)
+        x = self.mid(_run_stages(enumerate(stages), image_BCHW, self.tile_size))
         shortcut = reduce(x, "b (c r) h w -> b c h w", "mean", c=self.conv_out.out_channels)
         moments_BCHW: Tensor = self.conv_out(F.silu(self.norm_out(x))) + shortcut
         return moments_BCHW
@@ -144,10 +146,13 @@ class Decoder(nn.Module):
     def forward(self, latent_BCHW: Tensor) -> Tensor:
         repeats = self.conv_in.out_channels // self.conv_in.in_channels
         x = self.conv_in(latent_BCHW) + repeat(latent_BCHW, "b c h w -> b (c r) h w", r=repeats)
-        levels = [_layers(level) for level in self.up]
-        levels[-1] += [self.norm_out, F.silu, self.conv_out]
-        depths = reversed(range(len(levels)))
-        return _run_levels(zip(depths, levels, strict=True), self.mid(x), self.tile_size)
+        stages = [_layers(level) for level in self.up]
+        # A stage begins with the way up from the one before: what stands between two is smaller before it
+        for stage, following in pairwise(stages):
+            following.insert(0, stage.pop())
+        stages[-1] += [self.norm_out, F.silu, self.conv_out]
+        depths = reversed(range(len(stages)))
+        return _run_stages(zip(depths, stages, strict=True), self.mid(x), self.tile_size)
 
 
 class ResnetBlock(nn.Module):
@@ -161,8 +166,8 @@ class ResnetBlock(nn.Module):
         self.conv2 = conv3x3(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        x = x + self.conv2(F.silu(self.norm2(h)))
+        # One expression, so that no intermediate result outlives its use: a picture's are gigabytes
+        x = x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
         return x
 
 
@@ -223,8 +228,9 @@ class Upsample(nn.Module):
         self.repeats = 4 * next_width // width
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = repeat(x, "b c h w -> b (c r) h w", r=self.repeats)
-        x = rearrange(self.conv(x) + shortcut, _CHANNELS_TO_PIXELS, r1=2, r2=2)
+        # The shortcut's repeated channels are broadcast, and never exist
+        widened = rearrange(self.conv(x), "b (c r) h w -> b c r h w", r=self.repeats) + x[:, :, None]
+        x = rearrange(widened.flatten(1, 2), _CHANNELS_TO_PIXELS, r1=2, r2=2)
         return x
 
 
@@ -262,17 +268,27 @@ def group_norm(width: int) -> GroupNorm:
     return GroupNorm(NUM_GROUPS, width, eps=1e-6)
 
 
-def _run_levels(levels: Iterable[tuple[int, Sequence[Layer]]], x: Tensor, tile_size: int | None) -> Tensor:
-    """Levels with their depths, one after another; at depth d a pixel is 2**d of the image's, and a tile has
-    `tile_size` of the image's pixels a side."""
-    for depth, layers in levels:
-        if tile_size is None or depth >= _TILED_LEVELS:
+def _run_stages(stages: Iterable[tuple[int, Sequence[Layer]]], x: Tensor, tile_size: int | None) -> Tensor:
+    """Stages with their depths, one after another; at depth d the blocks' pixels are 2**d of the image's, and a
+    tile has `tile_size` of the image's a side."""
+    for depth, layers in stages:
+        if tile_size is None or depth >= _NUM_TILED:
             for layer in layers:
                 x = layer(x)
         else:
-            reach = sum(isinstance(module, Conv3x3) for module in modules_of(layers))
-            x = run_in_tiles(layers, x, side=tile_size >> depth, margin=reach + reach % 2)
+            input_depth = depth + isinstance(layers[0], Upsample)
+            x = run_in_tiles(layers, x, side=tile_size >> input_depth, margin=_reach(layers))
     return x
+
+
+def _reach(layers: Sequence[Layer]) -> int:
+    """How many of the input's pixels away a result may look, rounded up to an even number."""
+    reach, pixel = 0.0, 1.0
+    for layer in layers:
+        reach += pixel * sum(isinstance(module, Conv3x3) for module in modules_of([layer]))
+        if isinstance(layer, Upsample):
+            pixel /= 2
+    return 2 * math.ceil(reach / 2)
 
 
 def _layers(level: nn.Module) -> list[Layer]:

@@ -1,12 +1,13 @@
-"""A level of the VAE in overlapping tiles, with the numbers of the whole picture.
+"""A stage of the VAE in overlapping tiles, with the numbers of the whole picture.
 
 The usual way, tiles that go through the whole VAE one by one and are blended, makes another picture: each
-tile's GroupNorms take the statistics of the tile. Here a tile takes those of the whole level, which are
-gathered first: for one norm after the other, all tiles are run as far as that norm. Tiles overlap by the reach
-of the level's convolutions, and of each only the part which its border does not reach is kept. So neighbours
-agree at their seams, and the result is the whole level's but for the rounding of the kernels.
+tile's GroupNorms take the statistics of the tile, and its attention sees no more. Here tiles take the whole
+picture's statistics, which are gathered first: for one norm after the other, all tiles are run as far as that
+norm. Tiles overlap by as much as the stage's convolutions look aside, and of each only the core is kept, which the
+cut did not reach. So neighbours agree where they meet, nothing needs to be blended, and the result is that of the
+whole but for the rounding of the kernels.
 
-The price is time: a level of k norms is run about k/2 + 1 times.
+The price is time: a stage of k norms is run about k/2 + 1 times, margins included.
 Shapes: B batch, C channels, H W size, G groups of channels, K channels of a group
 """
 
@@ -59,8 +60,14 @@ class Tile:
     def of(self, x_BCHW: Tensor) -> Tensor:
         return x_BCHW[..., self.rows, self.columns]
 
-    def core_of(self, tile_BCHW: Tensor, scale: float = 1) -> Tensor:
-        """The core of a tile's own tensor, whose sides are `scale` times the tile's."""
+    def scale_of(self, tile_BCHW: Tensor) -> float:
+        """The size of a tensor that was made of the tile, against the tile's."""
+        width: int = self.columns.stop - self.columns.start
+        return tile_BCHW.shape[-1] / width
+
+    def core_of(self, tile_BCHW: Tensor) -> Tensor:
+        """The core's part of a tensor that was made of the tile."""
+        scale = self.scale_of(tile_BCHW)
         rows = _scaled(self.core_rows, scale, origin=self.rows.start)
         columns = _scaled(self.core_columns, scale, origin=self.columns.start)
         return tile_BCHW[..., rows, columns]
@@ -69,8 +76,8 @@ class Tile:
 def run_in_tiles(layers: Sequence[Layer], x_BCHW: Tensor, *, side: int, margin: int) -> Tensor:
     """`layers` one after another, applied to tiles of at most `side` x `side` values of the input.
 
-    `margin` is how far a value of the input reaches, and even. All norms act at the input's size; the output's
-    may be half, the same or twice. What fits in one tile is run whole. For use without gradients.
+    `margin` is how far a result may look in the input, and even; results may be half, once or twice the input's
+    size. What fits in one tile is run whole. For use without gradients.
     """
     height, width = x_BCHW.shape[-2:]
     if max(height, width) <= side:
@@ -123,12 +130,12 @@ def _assemble(layers: Sequence[Layer], x_BCHW: Tensor, tiles: Sequence[Tile]) ->
     whole_BCHW: Tensor | None = None
     for tile in tiles:
         result_BCHW = run(layers, tile.of(x_BCHW))
-        scale = result_BCHW.shape[-1] / (tile.columns.stop - tile.columns.start)
+        scale = tile.scale_of(result_BCHW)
         if whole_BCHW is None:
             size = [round(length * scale) for length in x_BCHW.shape[-2:]]
             whole_BCHW = result_BCHW.new_empty(*result_BCHW.shape[:2], *size)
         place = (..., _scaled(tile.core_rows, scale), _scaled(tile.core_columns, scale))
-        whole_BCHW[place] = tile.core_of(result_BCHW, scale)
+        whole_BCHW[place] = tile.core_of(result_BCHW)
         del result_BCHW  # before the next tile needs its memory
     assert whole_BCHW is not None
     return whole_BCHW
@@ -156,9 +163,9 @@ def _measure(norm: GroupNorm, layers: Sequence[Layer], x_BCHW: Tensor, tiles: Se
 
 
 class _Part(NamedTuple):
-    """The statistics of a tile's core, and the number of values that each is of."""
+    """The statistics of a tile's core, each of `num_values`."""
 
-    count: int
+    num_values: int
     mean_BG: Tensor
     variance_BG: Tensor
 
@@ -175,8 +182,8 @@ def _part(norm: GroupNorm, layers: Sequence[Layer], x_BCHW: Tensor, tile: Tile) 
 
 def _pooled(parts: Sequence[_Part]) -> Statistics:
     """Statistics of the whole from those of its parts."""
-    total = sum(part.count for part in parts)
-    weights = [part.count / total for part in parts]
+    total = sum(part.num_values for part in parts)
+    weights = [part.num_values / total for part in parts]
     mean_BG = torch.stack([part.mean_BG * w for part, w in zip(parts, weights, strict=True)]).sum(dim=0)
     squares = [part.variance_BG + (part.mean_BG - mean_BG) ** 2 for part in parts]
     return Statistics(

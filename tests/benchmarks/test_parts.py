@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import mmap
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from benchmarks import gpu, training_step
 from benchmarks.__main__ import PARTS, main, row
 from benchmarks.figures import Figure, Options
 from benchmarks.models import TOY, attach_lora, inputs, random_dit
+from benchmarks.peaks import ProcessPeaks
 from benchmarks.plain import PlainBlocks
 from benchmarks.streaming import MACHINES, TOKENS, block_bytes, block_operations, simulate
 from hyimg.lora.network import LoRANetwork
@@ -54,7 +58,7 @@ def test_the_gpu_part_runs_on_a_cpu_too(tmp_path: Path) -> None:
 def test_a_memory_cap_holds_on_a_gpu(tmp_path: Path) -> None:
     form = next(form for form in gpu.FORMS if form.cap_gb == 8)
     try:
-        for result in gpu.run(form, Options(tmp_path, runs=1, device="cuda", toy=True)):
+        for result in gpu.run(form, Options(tmp_path, runs=1, device="cuda:0", toy=True)):
             assert result["process_mb"] < 8 * 2**30 / 1e6
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(8 << 30, dtype=torch.uint8, device="cuda")
@@ -175,6 +179,12 @@ def test_a_simulated_step_takes_no_less_than_its_larger_lane_and_no_more_than_bo
 # ---- the command
 
 
+def test_the_command_stays_small_so_that_the_peaks_of_what_it_starts_are_their_own() -> None:
+    modules = ", ".join(f"benchmarks.{part}" for part in ("__main__", *PARTS))
+    check = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parents[2])
+
+
 def test_the_command_writes_a_table_and_a_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["streaming", "--toy", "--output", str(tmp_path / "bench")])
     table = capsys.readouterr().out
@@ -201,3 +211,17 @@ def test_help_lists_the_parts_and_another_is_refused(capsys: pytest.CaptureFixtu
 def test_a_row_leaves_out_what_was_not_measured() -> None:
     assert row(Figure("a", beside="b")).split() == ["a", "b"]
     assert row(Figure("a", 1.5, 2.0)).split() == ["a", "1.500", "s", "2", "MB"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads Linux's counts of memory")
+@pytest.mark.parametrize("flags", ["MAP_PRIVATE", "MAP_SHARED"])
+def test_memory_of_either_kind_is_the_processs_own(flags: str) -> None:
+    num_bytes = 32 << 20
+    with ProcessPeaks() as peaks:
+        pages = mmap.mmap(-1, num_bytes, flags=getattr(mmap, flags) | mmap.MAP_ANONYMOUS)
+        pages.write(b"x" * num_bytes)
+        left = len(pages)
+        pages.close()
+    assert left == num_bytes
+    assert peaks.own >= num_bytes
+    assert peaks.own_left < num_bytes

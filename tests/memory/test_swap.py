@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hyimg.lora.network import LoRANetwork
 from hyimg.memory.activations import CheckpointOptions
@@ -52,6 +53,10 @@ class LateEngine(SynchronousCopyEngine):
     def wait_for_arrival(self, slot: int) -> None:
         if slot in self.under_way:
             super().copy(slot, self.under_way.pop(slot))
+
+
+class _Remembered:
+    """Something to be found alive."""
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +231,54 @@ def test_outside_of_a_run_the_parameters_are_the_weights_themselves(make, weight
     state = dit.state_dict()
     assert state.keys() == weights.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
-    with torch.no_grad():  # as merging a LoRA does
-        before = ask(dit)
-        dit.get_parameter("double_blocks.1.img_attn_qkv.weight").zero_()
-        ask(dit)  # what the ring holds of before goes with the next pass
-        assert not torch.equal(ask(dit), before)
+
+
+@pytest.mark.parametrize("blocks_to_swap", [1, 2, MOST])
+def test_what_is_written_to_a_weight_acts_at_once(make, blocks_to_swap):
+    resident, _, _ = make()
+    dit, _, swap = make(blocks_to_swap)
+    names = [name for buffer in swap.buffers for name in buffer.fields]
+    with torch.no_grad():
+        assert torch.equal(ask(dit), ask(resident))
+        for model in (dit, resident):
+            for name in names:  # as merging a LoRA does
+                model.get_parameter(name).mul_(0.5)
+        assert torch.equal(ask(dit), ask(resident))
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_a_graph_that_is_dropped_without_a_backward_pass_is_freed(make, checkpointing):
+    dit, _, _ = make(MOST, checkpointing)
+    attention, alive = dit.attention, weakref.WeakSet()
+
+    def remember(q_BTNK: Tensor, *args: Any) -> Tensor:
+        if q_BTNK.grad_fn is not None:  # a node before the attention, which saves its own output
+            q_BTNK.grad_fn.metadata["alive"] = remembered = _Remembered()
+            alive.add(remembered)
+        return attention(q_BTNK, *args)
+
+    dit.attention = remember
+    answer = ask(dit)
+    assert alive or checkpointing != "plain", "the test sees nodes"
+    del answer
+    gc.collect()
+    assert not alive
+
+
+def test_to_the_compiler_a_streamed_block_is_like_a_resident_one(make):
+    def compiled(blocks_to_swap: int) -> tuple[int, Tensor]:
+        torch.compiler.reset()
+        graphs = CompileCounterWithBackend("eager")
+        dit, _, _ = make(blocks_to_swap)
+        for block in dit.blocks:
+            block.compile(backend=graphs)
+        with torch.no_grad():
+            answer = ask(dit)
+        return graphs.frame_count, answer
+
+    found = [compiled(blocks_to_swap) for blocks_to_swap in (0, MOST)]
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_biases_and_norms_are_not_streamed(make):
