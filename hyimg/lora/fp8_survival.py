@@ -46,9 +46,9 @@ class Survival:
 
     @property
     def share(self) -> float:
-        """The squared cosine between change and update, 0..1; 0 where merging changes nothing."""
+        """The squared cosine between change and update, 0..1; 0 where they point apart or nothing changes."""
         energy = self.change * self.update
-        return self.along**2 / energy if energy else 0.0
+        return max(0.0, self.along) ** 2 / energy if energy else 0.0
 
     @property
     def relative_error(self) -> float:

@@ -34,6 +34,7 @@ def merge_into(dit: DiT, network: LoRANetwork, multiplier: float = 1.0) -> None:
     """
     for module, lora in network.adapters():
         weight_OI = dit.get_parameter(f"{module.name}.weight")
+        assert weight_OI.dtype.itemsize >= 2, "beside an fp8 weight a LoRA acts live"
         weight_OI.copy_(lora.merged(weight_OI, multiplier))
 
 

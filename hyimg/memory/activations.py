@@ -69,7 +69,14 @@ def checkpointed(run: RunBlock, options: CheckpointOptions, device: torch.device
             kept = _KeptAttention(attend=args[-1])
             args, contexts = (*args[:-1], kept), {"context_fn": kept.contexts}
         with offloader.inputs() if offloader else contextlib.nullcontext():
-            return checkpoint(run, block, *args, use_reentrant=False, **contexts)
+            return checkpoint(
+                run,
+                block,
+                *args,
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing in a block draws from torch's generators
+                **contexts,
+            )
 
     return run_checkpointed
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 
 from hyimg.config.models import Memory, TrainingMemory
@@ -21,13 +22,15 @@ from hyimg.errors import HyimgError
 from hyimg.memory.activations import CheckpointOptions, checkpointed
 from hyimg.memory.compilation import compile_blocks, require_compiler
 from hyimg.memory.fp8 import require_fp8_device
+from hyimg.memory.host_memory import UNLOCKED_WARNING
 from hyimg.memory.placement import DiTPlacement
-from hyimg.memory.plan import weight_bytes
+from hyimg.memory.plan import WeightBytes, require_room, weight_bytes
 from hyimg.memory.swap import BlockSwap
 from hyimg.memory.swap_plan import SwapPlan, check_blocks_to_swap
+from hyimg.model.architecture import DiTArch
 from hyimg.model.attention import resolve_attention
 from hyimg.model.dit import DiT, run_plainly
-from hyimg.model.header_check import read_dit
+from hyimg.model.header_check import Contents, read_dit
 from hyimg.model.loading import Placement, load_dit
 from hyimg.model.safetensors_file import Checkpoint
 from hyimg.report import Reporter, size_text
@@ -86,20 +89,31 @@ class DiTOptions:
         )
         if self.torch_compile:
             require_compiler(device)
+        if device.type == "cuda":
+            require_room(
+                self._weight_bytes(contents, device, dtype),
+                device_name=str(device),
+                device_bytes=torch.cuda.get_device_properties(device).total_memory,
+                host_bytes=psutil.virtual_memory().total,
+            )
 
     def describe(self, path: Path, device: torch.device, dtype: torch.dtype) -> str:
         """What the weights will take and where, for a note before they are loaded; from the header alone."""
-        contents = read_dit(Checkpoint.open(path))
-        taken = weight_bytes(
+        taken = self._weight_bytes(read_dit(Checkpoint.open(path)), device, dtype)
+        text = f"weights: {size_text(taken.device)} on {device}"
+        if taken.host:
+            text += f" ({size_text(taken.ring)} of it for streaming), {size_text(taken.host)} in host memory"
+        return text
+
+    def _weight_bytes(
+        self, contents: Contents[DiTArch], device: torch.device, dtype: torch.dtype
+    ) -> WeightBytes:
+        return weight_bytes(
             contents.arch,
             blocks_to_swap=self.blocks_to_swap if device.type == "cuda" else 0,
             fp8=self.fp8_scaled or contents.quantization is not None,
             bytes_per_value=dtype.itemsize,
         )
-        text = f"weights: {size_text(taken.device)} on {device}"
-        if taken.host:
-            text += f" ({size_text(taken.ring)} of it for streaming), {size_text(taken.host)} in host memory"
-        return text
 
     def load(
         self,
@@ -153,7 +167,4 @@ def _tell_streaming(swap: BlockSwap, plan: SwapPlan, report: Reporter) -> None:
         f"{size_text(swap.ring_bytes)} on the device"
     )
     if not swap.is_locked:
-        report.warning(
-            "the system does not let host memory be page-locked, so that streaming is slow and not overlapped; "
-            "raise the limit of locked memory (`ulimit -l`), or give fewer `--blocks_to_swap`"
-        )
+        report.warning(UNLOCKED_WARNING)

@@ -13,6 +13,7 @@ Shapes: O output features, I input features, G groups of values with one scale, 
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -149,7 +150,8 @@ def _decode(q_GK: Tensor, scale_G1: Tensor, dtype: torch.dtype) -> Tensor:
 @functools.cache
 def _compiled_decode() -> Any:
     # When it is needed: this loads torch's compiler, which takes seconds
-    return torch.compile(_decode)
+    # One graph for all sizes; beyond the compiler's limit it must fail and not run step by step in float32
+    return torch.compile(_decode, dynamic=True, fullgraph=True)
 
 
 _can_compile = True
@@ -164,8 +166,10 @@ def _fused(q_GK: Tensor, scale_G1: Tensor, dtype: torch.dtype) -> Tensor:
             return decoded
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # whatever keeps it from compiling here, it can be done without
+        except Exception as error:  # whatever keeps it from compiling here, it can be done without
             _can_compile = False
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            warnings.warn(f"fp8 weights are dequantised in two passes instead of one: {reason}", stacklevel=2)
     return _dequantize_in_two_passes(q_GK, scale_G1, dtype)
 
 

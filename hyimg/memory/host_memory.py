@@ -15,6 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+UNLOCKED_WARNING = (
+    "the driver would not lock host memory (WSL and Windows allow about half of it, and some must be free), so that "
+    "copies to and from the GPU are slow and do not overlap; `--fp8_scaled` or fewer `--blocks_to_swap` need less"
+)
+
+# Every device may copy from it, not only the one that is current
+_PORTABLE = 1
+
 # Enough for every kernel's alignment, and for the widest dtype
 _ALIGNMENT = 512
 
@@ -47,10 +55,7 @@ class HostBuffer:
         for name, tensor in tensors.items():
             self.fields[name] = Field(tensor.dtype, tensor.shape, end, tensor.nbytes)
             end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        # Shared pages, which is Python's default: of private ones that a driver has locked, Linux makes a copy
-        # for every process that is forked (data loader workers), all of them at once
-        self._pages = mmap.mmap(-1, max(end, 1))
-        self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8, count=end)
+        self._take_pages(end)
         for name, tensor in tensors.items():
             view = self.view(name)
             view.copy_(tensor.detach())
@@ -59,6 +64,20 @@ class HostBuffer:
         # Last, since a page that is locked is there, used or not
         self.locked = lock and self._lock()
 
+    def _take_pages(self, num_bytes: int) -> None:
+        # Shared pages, which is Python's default: of private ones that a driver has locked, Linux makes a copy
+        # for every process that is forked (data loader workers), all of them at once
+        self._pages = mmap.mmap(-1, max(num_bytes, 1))
+        self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8, count=max(num_bytes, 1))[:num_bytes]
+
+    @staticmethod
+    def empty(num_bytes: int, *, lock: bool) -> HostBuffer:
+        """A buffer of that size whose contents are still to come."""
+        buffer = HostBuffer({}, lock=False)
+        buffer._take_pages(num_bytes)
+        buffer.locked = lock and buffer._lock()
+        return buffer
+
     def view(self, name: str) -> Tensor:
         """The tensor in this buffer."""
         return self.fields[name].view(self.bytes)
@@ -66,7 +85,7 @@ class HostBuffer:
     def _lock(self) -> bool:
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         address = self.bytes.data_ptr()
-        if int(runtime.cudaHostRegister(address, self.bytes.nbytes, 0)) != 0:
+        if int(runtime.cudaHostRegister(address, self.bytes.nbytes, _PORTABLE)) != 0:
             _forget_last_cuda_error()
             return False
         # Holds the pages, so that they are not given back while the driver has them
@@ -75,8 +94,10 @@ class HostBuffer:
 
 
 def _unlock(device: int, address: int, pages: mmap.mmap) -> None:
-    torch.cuda.synchronize(device)  # the last copy ahead may still be under way
-    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+    # after an error on the device, which has been told, there is nothing to wait for
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.synchronize(device)  # the last copy ahead may still be under way
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
 def _forget_last_cuda_error() -> None:

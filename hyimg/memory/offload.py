@@ -12,6 +12,7 @@ on CUDA and against the simulated lane of the tests.
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hyimg.memory.host_memory import HostBuffer
+from hyimg.memory.host_memory import UNLOCKED_WARNING, HostBuffer
 
 # A block's inputs stay on the device while this many further blocks start: so long may their copy take
 _BLOCKS_UNDER_WAY = 2
@@ -72,10 +73,15 @@ class CudaLane:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._locked: dict[int, HostBuffer] = {}
+        self._has_warned = False
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def allocate(self, num_bytes: int) -> Tensor:
-        buffer = HostBuffer({"": torch.empty(num_bytes, dtype=torch.uint8)}, lock=True)
+        with torch.cuda.device(self.device):
+            buffer = HostBuffer.empty(num_bytes, lock=True)
+        if not (buffer.locked or self._has_warned):
+            self._has_warned = True
+            warnings.warn(UNLOCKED_WARNING, stacklevel=2)
         self._locked[buffer.bytes.data_ptr()] = buffer  # unlocks its pages when it goes
         return buffer.bytes
 
@@ -97,7 +103,7 @@ class CudaLane:
 class HostPool:
     """Host buffers that are given back and taken again, for tensors whose sizes vary with bucket and prompt.
 
-    There are never more of them than were in use at once; one that is too small is replaced by a larger one.
+    One that is too small is replaced by a larger one; small tensors leave the large buffers alone.
     """
 
     def __init__(self, lane: CopyLane) -> None:
@@ -106,11 +112,13 @@ class HostPool:
 
     def take(self, num_bytes: int) -> Tensor:
         """A buffer of at least that size, the smallest of the free ones."""
-        fitting = [buffer for buffer in self._free if len(buffer) >= num_bytes]
+        # not one of another kind of tensor, far larger, whose own tensor would then find none
+        fitting = [buffer for buffer in self._free if num_bytes <= len(buffer) <= 2 * num_bytes]
         if fitting:
             return self._remove(min(fitting, key=len))
-        if self._free:
-            self._lane.free(self._remove(max(self._free, key=len)))
+        smaller = [buffer for buffer in self._free if len(buffer) < num_bytes]
+        if smaller:
+            self._lane.free(self._remove(max(smaller, key=len)))
         return self._lane.allocate(_rounded(num_bytes))
 
     def give_back(self, buffers: list[Tensor]) -> None:

@@ -34,11 +34,16 @@ Changes = Callable[[Place], Sequence[str]]
 _DEVICE_TEXTS = (
     "CUDA out of memory",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
     "MPS backend out of memory",
     "_ALLOC_FAILED",
 )
 # the first two are torch's allocator on Linux and Windows, the last the system's own words
 _HOST_TEXTS = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+
+# Not enough memory, out of memory, and a paging file that is too small
+_WINDOWS_ERRORS = (8, 14, 1455)
 
 _ASKED_FOR = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
 
@@ -57,6 +62,8 @@ def out_of_memory_place(error: BaseException) -> Place | None:
     """
     text = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return Place.HOST
+    if getattr(error, "winerror", None) in _WINDOWS_ERRORS:
         return Place.HOST
     if type(error).__name__ == "OutOfMemoryError":
         return Place.DEVICE

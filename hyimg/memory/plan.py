@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hyimg.errors import HyimgError
 from hyimg.memory.fp8 import BLOCK_SIZE, is_quantised
 from hyimg.memory.swap import NUM_SLOTS
 from hyimg.memory.swap_plan import SwapPlan
 from hyimg.model.architecture import DiTArch
 from hyimg.model.dit_shapes import dit_shapes
+from hyimg.report import size_text
 
 _SCALE_BYTES = 4
 
@@ -44,6 +46,21 @@ def weight_bytes(arch: DiTArch, *, blocks_to_swap: int, fp8: bool, bytes_per_val
         device += size
     ring = min(NUM_SLOTS, len(units)) * max(units, default=0)
     return WeightBytes(device + ring, ring, sum(units))
+
+
+def require_room(taken: WeightBytes, *, device_name: str, device_bytes: int, host_bytes: int) -> None:
+    """Raises HyimgError where the weights alone are more than the device, or the host, has memory."""
+    if taken.device > device_bytes:
+        raise HyimgError(
+            f"the DiT's weights take {size_text(taken.device)} on {device_name}, which has {size_text(device_bytes)}",
+            hint="give `--fp8_scaled`, or more `--blocks_to_swap` (docs/memory.md has a table)",
+        )
+    if taken.host > host_bytes:
+        raise HyimgError(
+            f"{size_text(taken.host)} of weights would be in host memory, and this machine has "
+            f"{size_text(host_bytes)}",
+            hint="give `--fp8_scaled`, or fewer `--blocks_to_swap` (docs/memory.md has a table)",
+        )
 
 
 def _fp8_bytes(shape: tuple[int, ...]) -> int:

@@ -192,11 +192,22 @@ def test_host_buffers_serve_every_step_again() -> None:
 
 def test_a_longer_prompt_replaces_buffers_and_a_shorter_one_uses_larger_ones() -> None:
     model = Model()
-    for num_tokens in (100, 400, 100, 390, 400):
+    for num_tokens in (300, 400, 300, 390, 400):
         model.forward(num_tokens).backward()
     assert len(model.lane.allocated) == 2 * NUM_BLOCKS
     assert model.offloader.pool.free_bytes == sum(model.lane.allocated[NUM_BLOCKS:])
     assert model.lane.freed == NUM_BLOCKS
+
+
+def test_small_tensors_that_grow_leave_the_buffers_of_large_ones_alone() -> None:
+    """As a longer prompt's text streams beside the images'."""
+    lane = SimulatedLane(0)
+    pool = HostPool(lane)
+    for text_bytes in (50_000, 75_000, 100_000):
+        taken = [pool.take(size) for _ in range(20) for size in (1_000_000, text_bytes)]
+        pool.give_back(taken)
+    assert sum(len(buffer) > 900_000 for buffer in pool._free) == 20
+    assert lane.freed == 40, "each time the 20 of the texts, which had become too small"
 
 
 def test_a_pool_rounds_up_by_an_eighth_at_most() -> None:

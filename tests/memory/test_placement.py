@@ -13,9 +13,9 @@ from torch import Tensor
 from hyimg.errors import HyimgError
 from hyimg.memory.dit import DiTOptions
 from hyimg.memory.fp8 import ScaledLinear, dequantize, is_quantised, quantize
-from hyimg.memory.plan import weight_bytes
+from hyimg.memory.plan import require_room, weight_bytes
 from hyimg.memory.swap_plan import SwapPlan
-from hyimg.model.architecture import DIT_TINY
+from hyimg.model.architecture import DIT_2_1, DIT_TINY
 from hyimg.model.dit import DiT
 from hyimg.model.layers import Linear
 from hyimg.model.random_init import init_random
@@ -124,6 +124,19 @@ def test_what_cannot_be_is_refused_from_the_header(path, fp8_path):
     refused("sageattn", attn_mode="sageattn", training=True)
     DiTOptions(blocks_to_swap=5, fp8_scaled=True).check(path, CPU, torch.bfloat16)
     DiTOptions().check(fp8_path, CPU, torch.bfloat16)
+
+
+def test_weights_that_no_memory_of_the_machine_could_hold_are_refused_before_they_are_read():
+    whole = weight_bytes(DIT_2_1, blocks_to_swap=0, fp8=False)
+    streamed = weight_bytes(DIT_2_1, blocks_to_swap=37, fp8=False)
+    gigabytes = 10**9
+    room = {"device_name": "cuda:0", "device_bytes": 24 * gigabytes, "host_bytes": 24 * gigabytes}
+    with pytest.raises(HyimgError, match="take 34.9 GB on cuda:0, which has 24.0 GB"):
+        require_room(whole, **room)
+    with pytest.raises(HyimgError, match="31.3 GB of weights would be in host memory"):
+        require_room(streamed, **room)
+    require_room(streamed, **room | {"host_bytes": 32 * gigabytes})
+    require_room(weight_bytes(DIT_2_1, blocks_to_swap=9, fp8=True), **room)
 
 
 @pytest.mark.parametrize("fp8", [False, True])

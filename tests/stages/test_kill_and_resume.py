@@ -242,12 +242,12 @@ def children(pid):
 
 TERMINATED_WHILE_LOADING = """
 import os, signal
-import hyimg.stages.train as stage
+import hyimg.memory.dit as memory
 
 def load(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
 
-stage.load_dit = load
+memory.load_dit = load
 """
 
 

@@ -183,7 +183,7 @@ def test_a_folder_without_permission(refused, tmp_path, cached_dataset):
         (["--plugin", "nowhere.py"], ["`nowhere.py` does not exist"]),
         (["--device", "tpu"], ["`tpu`"]),
         (["--cache_latents"], ["`--cache_latents` needs `--vae`"]),
-        (["--blocks_to_swap", "9"], ["not available yet"]),
+        (["--blocks_to_swap", "9"], ["more than this model's 1"]),
     ],
 )
 def test_wrong_training_options(extra, words, refused, tmp_path, cached_dataset):
@@ -216,13 +216,6 @@ def test_a_lora_of_another_width(refused, tmp_path, golden):
     infer = ["infer", "--dit", "{dit}", "--vae", "{vae}", *RENDER, "--save_path", tmp_path / "a.png"]
     refused(*infer, "--lora_weight", lora, words=["width 96", "64"])
     refused(*infer, "--lora_weight", lora, lora, "--lora_multiplier", *"1 2 3".split(), words=["3 values"])
-
-
-def test_a_validation_split_is_refused_until_there_is_validation(refused, own_dataset, tmp_path):
-    text = own_dataset.read_text(encoding="utf-8")
-    own_dataset.write_text(text.replace("num_repeats = 1", "validation_split = 0.4"), encoding="utf-8")
-    train = ["train", "--dit", "{dit}", "--dataset_config", own_dataset, "--output_dir", tmp_path / "out"]
-    refused(*train, words=["`validation_split` is not available yet"])
 
 
 def test_no_caches_say_which_command_to_run(refused, own_dataset, tmp_path):
