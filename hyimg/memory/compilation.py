@@ -4,8 +4,8 @@ Attention between them runs as it is: it is a kernel of its own anyway, the leng
 of the graphs, and so do checkpointing, streaming and offloading, which act around a block or around its attention.
 
 Numbers of tokens and of images are symbols in a graph, and a LoRA's multiplier is one of its inputs, so that a
-graph serves all blocks of a kind at all bucket sizes. What asks for another: one image against several, with
-gradients or without, a first block (whose input needs none), streamed or resident weights, other adapters.
+graph serves all blocks of a kind, streamed or not, at all bucket sizes. What asks for another: one image against
+several, with gradients or without, a first block (whose input needs none), other ranks of adapters.
 """
 
 from __future__ import annotations
