@@ -113,7 +113,7 @@ class HostPool:
     def take(self, num_bytes: int) -> Tensor:
         """A buffer of at least that size, the smallest of the free ones."""
         # not one of another kind of tensor, far larger, whose own tensor would then find none
-        fitting = [buffer for buffer in self._free if num_bytes <= len(buffer) <= 2 * num_bytes]
+        fitting = [buffer for buffer in self._free if num_bytes <= len(buffer) <= 2 * _rounded(num_bytes)]
         if fitting:
             return self._remove(min(fitting, key=len))
         smaller = [buffer for buffer in self._free if len(buffer) < num_bytes]
