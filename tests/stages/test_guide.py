@@ -1,0 +1,134 @@
+"""The texts of the reference tool's guide for this model, letter for letter but for program name and paths."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hyimg.config.commands import MakeTinyModelConfig
+from hyimg.config.load import make
+from hyimg.report import SilentReporter
+from hyimg.stages.make_tiny_model import ModelFolder, make_tiny_model
+
+# Section 4
+COMMAND = r"""
+accelerate launch --num_cpu_threads_per_process 1 hunyuan_image_train_network.py \
+  --pretrained_model_name_or_path="<path to HunyuanDiT model>" \
+  --text_encoder="<path to Qwen2.5-VL model>" \
+  --byt5="<path to byT5 model>" \
+  --vae="<path to VAE model>" \
+  --dataset_config="my_hunyuan_dataset_config.toml" \
+  --output_dir="<output directory>" \
+  --output_name="my_hunyuan_lora" \
+  --save_model_as=safetensors \
+  --network_module=networks.lora_hunyuan_image \
+  --network_dim=16 \
+  --network_alpha=1 \
+  --network_train_unet_only \
+  --learning_rate=1e-4 \
+  --optimizer_type="AdamW8bit" \
+  --lr_scheduler="constant" \
+  --attn_mode="torch" \
+  --split_attn \
+  --max_train_epochs=10 \
+  --save_every_n_epochs=1 \
+  --mixed_precision="bf16" \
+  --gradient_checkpointing \
+  --model_prediction_type="raw" \
+  --discrete_flow_shift=5.0 \
+  --blocks_to_swap=18 \
+  --cache_text_encoder_outputs \
+  --cache_latents
+"""
+# Section 6.1
+ADAFACTOR = (
+    '--optimizer_type adafactor --optimizer_args "relative_step=False" "scale_parameter=False" '
+    '"warmup_init=False" --lr_scheduler constant_with_warmup --max_grad_norm 0.0'
+)
+# Section 6.3
+PATTERNS = (
+    '--network_args "network_reg_dims=attn.*.q_proj=4,attn.*.k_proj=4"',
+    '--network_args "network_reg_lrs=down_blocks.1=1e-4,up_blocks.2=2e-4"',
+)
+# Section 6.4
+DATASET = """
+[general]
+shuffle_caption = true
+caption_extension = ".txt"
+
+[[datasets]]
+batch_size = 2
+enable_bucket = true
+resolution = [1024, 1024]
+
+  [[datasets.subsets]]
+  image_dir = "path/to/image/directory"
+  num_repeats = 1
+
+[[datasets]]
+batch_size = 1
+enable_bucket = true
+resolution = [1280, 768]
+
+  [[datasets.subsets]]
+  image_dir = "path/to/another/directory"
+  num_repeats = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory) -> ModelFolder:
+    folder = tmp_path_factory.mktemp("deep")
+    return make_tiny_model(
+        make(MakeTinyModelConfig, {"directory": folder, "depth": "full"}), SilentReporter()
+    )
+
+
+@pytest.mark.long
+def test_the_command_of_section_4_trains(deep, own_dataset, tmp_path):
+    places = {
+        "<path to HunyuanDiT model>": deep.dit,
+        "<path to Qwen2.5-VL model>": deep.text_encoder,
+        "<path to byT5 model>": deep.byt5,
+        "<path to VAE model>": deep.vae,
+        "my_hunyuan_dataset_config.toml": own_dataset,
+        "<output directory>": tmp_path / "out",
+    }
+    command = COMMAND.replace("hunyuan_image_train_network.py", "-m hyimg train")
+    for text, path in places.items():
+        command = command.replace(text, str(path))
+    launcher, *arguments = shlex.split(command)
+    # the launcher of this environment, whatever the shell would find
+    program = Path(sys.executable).with_name(launcher)
+    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert names == {f"my_hunyuan_lora-{epoch:06}.safetensors" for epoch in range(1, 10)} | {
+        "my_hunyuan_lora.safetensors"
+    }
+
+
+@pytest.mark.parametrize("text", [ADAFACTOR, *PATTERNS], ids=["adafactor", "ranks", "rates"])
+def test_the_lines_of_section_6_train(hyimg, cached_dataset, tmp_path, text):
+    code, _, err = hyimg(
+        *("train", "--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", tmp_path / "run"),
+        *("--max_train_steps", "2", *shlex.split(text)),
+    )
+    assert code == 0, err
+    assert (tmp_path / "run" / "lora.safetensors").is_file()
+    if text in PATTERNS:
+        assert "matches no module" in err, "the guide's patterns are of other models"
+
+
+def test_the_dataset_file_of_section_6_4_is_read(hyimg, own_dataset, tmp_path):
+    images = own_dataset.parent / "images"
+    text = DATASET.replace("path/to/image/directory", str(images))
+    path = tmp_path / "guide.toml"
+    path.write_text(text.replace("path/to/another/directory", str(images)), encoding="utf-8")
+    code, out, err = hyimg("dataset", path)
+    assert code == 0, err
+    assert "1280" in out + err
