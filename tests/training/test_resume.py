@@ -85,6 +85,40 @@ def test_a_run_from_any_of_its_states_ends_in_the_same_bits(train, tmp_path):
     assert_exact_from(names, train, tmp_path, WITH_STATES)
 
 
+EXTRAS = {
+    "moving average, dropout and a schedule": {
+        "ema_decay": 0.9,
+        "network_dropout": 0.2,
+        "network_args": ("rank_dropout=0.2", "module_dropout=0.2", "loraplus_lr_ratio=4"),
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+    },
+    "DoRA, max-norm and a scaled loss": {
+        "network_args": ("dora=True",),
+        "scale_weight_norms": 0.05,
+        "mixed_precision": "fp16",
+        "learning_rate": 1e-2,
+    },
+    "averages of the optimiser": {"optimizer_type": "AdamWScheduleFree", "learning_rate": 1e-2},
+    "split q, k, v in bf16": {
+        "network_args": ("split_qkv=True",),
+        "mixed_precision": "bf16",
+        "full_bf16": True,
+        "gradient_checkpointing": True,
+        "blocks_to_swap": 1,
+    },
+    "preservation": {"blank_prompt_preservation": 0.5, "fp8_scaled": True},
+}
+
+
+@pytest.mark.parametrize("extras", EXTRAS)
+def test_every_part_that_an_option_adds_goes_on_exactly(train, tmp_path, extras):
+    options = WITH_STATES | EXTRAS[extras]
+    whole = assert_exact_from(["lora-step00000002-state", "lora-000001-state"], train, tmp_path, options)
+    trained = read_header(whole / "lora.safetensors").metadata
+    assert trained["ss_steps"] == str(STEPS)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimiser_goes_on_exactly(train, tmp_path, optimizer, precision):
