@@ -34,6 +34,7 @@ def resolve_device(name: str | None) -> torch.device:
                 f"`--device` `{name}` is not there: torch sees {count} CUDA devices",
                 hint="choose another device, or install a CUDA build of torch",
             )
+        device = torch.device("cuda", device.index or 0)
         # what is asked of torch without a device (page-locked memory, say) is asked of this one
         torch.cuda.set_device(device)
     elif device.type == "mps" and not torch.backends.mps.is_available():
