@@ -98,7 +98,8 @@ def test_the_command_of_section_4_trains(deep, own_dataset, tmp_path):
         "my_hunyuan_dataset_config.toml": own_dataset,
         "<output directory>": tmp_path / "out",
     }
-    command = COMMAND.replace("hunyuan_image_train_network.py", "-m hyimg train")
+    # a shell joins the lines; shlex keeps what follows a backslash
+    command = COMMAND.replace("\\\n", " ").replace("hunyuan_image_train_network.py", "-m hyimg train")
     for text, path in places.items():
         command = command.replace(text, str(path))
     launcher, *arguments = shlex.split(command)
