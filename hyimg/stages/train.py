@@ -53,7 +53,7 @@ from hyimg.training.preservation import (
 )
 from hyimg.training.resume import Stateful
 from hyimg.training.run import Run
-from hyimg.training.samples import prompts_of_samples
+from hyimg.training.samples import prompts_of_samples, sample_prompt_flags
 from hyimg.training.state_parts import OptimizerPart, generators_part, network_part
 from hyimg.training.steps import Schedule
 from hyimg.training.timestep_plot import show_timesteps
@@ -211,7 +211,7 @@ def _open_data(
         index=workspace.index,
         identity=encoders.identity if encoders is not None else None,
         dataset_config=config.dataset.dataset_config,
-        flags=class_caption_flags(config),
+        flags=class_caption_flags(config) + sample_prompt_flags(config.validation),
     )
     loader = BatchLoader(
         TrainingData(samples, latents, texts, seed=prepared.seed),

@@ -7,6 +7,7 @@ that prompts can be added to a run that goes on (where `cache-text --sample_prom
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,6 +99,12 @@ class SamplePlan:
 def prompts_of_samples(options: Validation) -> list[str]:
     """Every prompt and negative prompt that samples need from the text cache."""
     return [] if options.sample_prompts is None else prompts_to_encode(load_prompts(options.sample_prompts))
+
+
+def sample_prompt_flags(options: Validation) -> str:
+    """The flag with which cache-text caches them too."""
+    path = options.sample_prompts
+    return "" if path is None else f" --sample_prompts {shlex.quote(str(path))}"
 
 
 def require_prompts(options: Validation, vae: Path | None) -> None:
