@@ -78,6 +78,13 @@ class ReportTraining:
         None, minimum=1, help="batch size where the dataset file does not give one (not given: 1)"
     )
     gradient_accumulation_steps: int = option(1, minimum=1, help="batches to a step")
+    validation_split: float | None = option(
+        None,
+        minimum=0,
+        maximum=0.9,
+        help="share of each subset's images that is held back, where the dataset file does not say it",
+    )
+    validation_seed: int | None = option(None, minimum=0, help="which images these are (not given: 0)")
     sample_prompts: Path | None = option(
         None, help="prompt file (txt, toml or json) whose prompts cache-text caches too"
     )

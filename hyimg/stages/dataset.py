@@ -58,7 +58,14 @@ def dataset(config: DatasetConfig, report: Reporter) -> DatasetReport:
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise HyimgError(f"`--contact_sheet` writes a PNG file, not `{sheet.name}`", hint="end it in `.png`")
     # the notes are part of the report
-    workspace = open_workspace(config.dataset, SilentReporter(), batch_size=config.training.train_batch_size)
+    training = config.training
+    workspace = open_workspace(
+        config.dataset,
+        SilentReporter(),
+        batch_size=training.train_batch_size,
+        validation_split=training.validation_split,
+        validation_seed=training.validation_seed,
+    )
     told = _tell(config, workspace, report)
     if config.output.json:
         json.dump(asdict(told), sys.stdout, indent=2)

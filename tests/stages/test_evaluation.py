@@ -143,6 +143,13 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_loaded(train, pr
     assert not folder.exists()
 
 
+def test_the_dry_run_holds_back_what_the_run_does(hyimg, own_dataset, tmp_path):
+    common = ["train", "--dit", "{dit}", "--dataset_config", own_dataset, "--output_dir", tmp_path / "run"]
+    code, out, err = hyimg(*common, "--validation_split", "0.4", "--dry_run")
+    assert code == 0, err
+    assert "2 for validation" in out
+
+
 def test_show_timesteps_draws_them_and_trains_nothing(train, tmp_path):
     folder, err = train("--show_timesteps", tmp_path / "t.png", "--timestep_sampling", "uniform")
     assert Image.open(tmp_path / "t.png").size == (900, 420)
