@@ -237,3 +237,20 @@ def test_memory_of_either_kind_is_the_processs_own(flags: str) -> None:
     # other memory of this process may go meanwhile
     assert peaks.own >= 0.7 * num_bytes
     assert peaks.own_left < num_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts pages as Linux does")
+def test_memory_that_was_freed_before_is_counted_when_it_is_used_again() -> None:
+    num_bytes = 64 << 20
+
+    def fill() -> list[bytearray]:
+        return [bytearray(b"x" * 65536) for _ in range(num_bytes // 65536)]  # small enough for the heap
+
+    blocks = fill()
+    kept = blocks[::16]  # what is free between them stays the allocator's
+    del blocks
+    with ProcessPeaks() as peaks:
+        blocks = fill()
+        time.sleep(0.1)
+    assert peaks.own >= 0.7 * num_bytes
+    del blocks, kept
