@@ -39,7 +39,7 @@ class StageCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         notes: list[str] = []
         options = [p for p in self.params if isinstance(p, TyperOption)]
-        args, show_traceback = _take_traceback(args, options)
+        args, show_traceback = take_traceback(args, options)
         if ctx.obj is not None and show_traceback:
             ctx.obj[TRACEBACK_FLAG] = True
         known = frozenset(
@@ -53,7 +53,7 @@ class StageCommand(TyperCommand):
         return super().parse_args(ctx, _repeat_flags(args, many))
 
 
-def _take_traceback(args: list[str], options: list[TyperOption]) -> tuple[list[str], bool]:
+def take_traceback(args: list[str], options: list[TyperOption]) -> tuple[list[str], bool]:
     """The words without `--traceback`, where it is not the value of the option before it."""
     takes_value = {_normal(name) for o in options if not o.is_flag for name in o.opts}
     pairs = zip(["", *args], args, strict=False)
