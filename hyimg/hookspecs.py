@@ -53,7 +53,7 @@ def hyimg_losses() -> Provided:  # type: ignore[empty-body]
 
 @hookspec
 def hyimg_samplers() -> Provided:  # type: ignore[empty-body]
-    """Samplers for `--sampler`, and for `--s` in a prompt file: `(denoise, x, sigmas, callback) -> x`, all float32.
+    """Samplers for `--sampler`, and for `--ss` in a prompt file: `(denoise, x, sigmas, callback) -> x`, all float32.
 
     `denoise(x_BCHW, sigma)` is the model's estimate of the clean latent with guidance applied; `sigmas` fall
     from 1 to 0, one more than there are steps; `callback(step, x, denoised)`, where it is not None, is called
@@ -64,7 +64,7 @@ def hyimg_samplers() -> Provided:  # type: ignore[empty-body]
     from hyimg.hookspecs import hookimpl
 
 
-    def churned_euler(denoise, x, sigmas, callback, *, stop: float = 0.0):
+    def clipped_euler(denoise, x, sigmas, callback, *, stop: float = 0.0):
         \"\"\"Euler's method, which leaves the levels below `stop` out and jumps to the estimate.\"\"\"
         levels = sigmas.tolist()
         for step, (sigma, after) in enumerate(zip(levels, levels[1:])):
@@ -80,7 +80,7 @@ def hyimg_samplers() -> Provided:  # type: ignore[empty-body]
 
     @hookimpl
     def hyimg_samplers():
-        return {"churned_euler": churned_euler}
+        return {"clipped_euler": clipped_euler}
     ```
     """
 
@@ -265,7 +265,7 @@ def hyimg_run_start(run: Run) -> None:
 
 @hookspec
 def hyimg_step_end(run: Run, step: int, loss_B: torch.Tensor) -> None:
-    """An optimiser step is done.
+    """An optimiser step is done; nothing of it is saved yet.
 
     `step` counts from 1; `loss_B` are the step's losses, float32 on the CPU, one per image of the step. What is
     put into `run.measured` (name -> number) stands in the step's line of metrics and in the trackers.
@@ -283,7 +283,10 @@ def hyimg_step_end(run: Run, step: int, loss_B: torch.Tensor) -> None:
 
 @hookspec
 def hyimg_epoch_end(run: Run, epoch: int) -> None:
-    """An epoch is done and its files are saved. `epoch` counts from 1; `run.saved` lists the files, the newest last.
+    """An epoch is done and its files are saved.
+
+    `epoch` counts from 1; `run.saved` lists the files, the newest last. The epoch's state is saved already: what a
+    plugin remembers is to change at the ends of steps, else a resumed run does not know it.
 
     ```python
     from hyimg.hookspecs import hookimpl

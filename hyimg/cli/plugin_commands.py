@@ -52,24 +52,30 @@ class PluginGroup(TyperGroup):
         """Every name, ours first. What is wrong with a plugin is told on stderr, and the others are listed."""
         own = super().list_commands(ctx)
         problems: list[HyimgError] = []
+        listed = ctx.meta[_LISTED] = {}
         with _without_torch():
             plugins = load_plugins(_named(ctx), problems=problems)
-            entries = _foreign(plugins, own, problems)
+            for entry in _foreign(plugins, own, problems).values():
+                try:
+                    listed[entry.name] = _listed(plugins, entry)
+                except HyimgError as error:
+                    problems.append(error)
         for problem in problems:
             if not isinstance(problem.__cause__, _HeavyError):
                 typer.echo(f"warning: {problem.message}", err=True)
-        listed = {entry.name: _listed(plugins, entry) for entry in entries.values()}
-        ctx.meta[_LISTED] = listed
         return own + sorted(listed)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Refuses `--plugin` before one of our own commands, which takes it after its name."""
+        if _named(ctx) and args[0] in super().list_commands(ctx):
+            raise HyimgError(
+                f"`--plugin` stands before `{args[0]}`", hint=f"give it after: `hyimg {args[0]} --plugin ...`"
+            )
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of that name. Raises HyimgError where no plugin that works has it and one is broken."""
         if (command := super().get_command(ctx, cmd_name)) is not None:
-            if _named(ctx):
-                raise HyimgError(
-                    f"`--plugin` stands before `{cmd_name}`",
-                    hint=f"give it after: `hyimg {cmd_name} --plugin ...`",
-                )
             return command
         if (listed := ctx.meta.get(_LISTED, {}).get(cmd_name)) is not None:
             return listed
