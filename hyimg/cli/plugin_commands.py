@@ -1,6 +1,7 @@
 """Commands that plugins give: listed by `hyimg --help`, found when their name is typed, errors told as ours.
 
-Our own commands are found without a look at the plugins, so that a broken one stands in nobody's way.
+Our own commands are found without a look at the plugins, so that a broken one stands in nobody's way; what loads
+plugins is imported when they are looked for.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from hyimg.cli.flags import CONTEXT_SETTINGS, TRACEBACK_FLAG, take_traceback
 from hyimg.errors import HyimgError, RunError
-from hyimg.plugins import Entry, Plugins, describe, load_plugins
+
+if TYPE_CHECKING:
+    from hyimg.plugins import Entry, Plugins
 
 PANEL = "Plugins"
 _TOO_HEAVY = "torch"
@@ -39,6 +42,8 @@ class PluginCommand(TyperCommand):
         except (HyimgError, typer.Abort, typer.Exit, typer.TyperException, BrokenPipeError):
             raise
         except Exception as error:
+            from hyimg.plugins import describe
+
             raise RunError(
                 f"{self.blame} failed: {describe(error)}",
                 hint=f"mend the plugin; `{TRACEBACK_FLAG}` shows where it failed",
@@ -50,6 +55,8 @@ class PluginGroup(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Every name, ours first. What is wrong with a plugin is told on stderr, and the others are listed."""
+        from hyimg.plugins import load_plugins
+
         own = super().list_commands(ctx)
         problems: list[HyimgError] = []
         listed = ctx.meta[_LISTED] = {}
@@ -79,6 +86,8 @@ class PluginGroup(TyperGroup):
             return command
         if (listed := ctx.meta.get(_LISTED, {}).get(cmd_name)) is not None:
             return listed
+        from hyimg.plugins import load_plugins
+
         problems: list[HyimgError] = []
         plugins = load_plugins(_named(ctx), problems=problems)
         entry = _foreign(plugins, super().list_commands(ctx), problems).get(cmd_name.lower())
@@ -114,6 +123,8 @@ def _command(function: Callable[..., Any], name: str, place: str) -> PluginComma
     try:
         command = typer.main.get_command(app)
     except Exception as error:
+        from hyimg.plugins import describe
+
         raise HyimgError(
             f"{blame} has a signature that makes no options: {describe(error)}", hint="mend the plugin"
         ) from error
