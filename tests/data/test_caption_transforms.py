@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hyimg.config.dataset import DatasetOptions
-from hyimg.data.caption_transforms import CaptionTransforms, caption_transform_flags
+from hyimg.data.caption_transforms import CaptionContext, CaptionTransforms, caption_transform_flags
 from hyimg.data.workspace import open_workspace
 from hyimg.errors import HyimgError
 from hyimg.report import SilentReporter
@@ -63,7 +63,13 @@ def test_they_apply_in_the_order_named_before_prefix_and_variants(prompts):
     variants = prompts("end", args=("tail=', on a mat, at night'",), lines="shuffle_caption = true")
     assert len(variants) == 8
     assert all(sorted(text.split(", ")) == ["a cat", "at night", "on a mat"] for text in variants)
-    assert prompts("blank") == ("a cat",), "lines are cleaned as a file's are"
+
+
+def test_lines_are_cleaned_as_a_files_are(prompts, tmp_path):
+    assert prompts("blank") == ("a cat",)
+    options = DatasetOptions(caption_transform=("blank",))
+    transforms = CaptionTransforms.of(options, [str(tmp_path / "plugin.py")])
+    assert transforms("a cat", CaptionContext(tmp_path / "1.png")) == "a cat"
 
 
 def test_the_image_and_its_subset_are_told(prompts):

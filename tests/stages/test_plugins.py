@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -88,14 +89,36 @@ def test_a_transform_goes_through_report_cache_and_training(hyimg, train, own_da
 
 
 def test_pruning_keeps_what_the_transform_made_and_no_more(hyimg, own_dataset, fill, shout, entries):
-    before = set(entries(own_dataset, "text"))
-    for path in before:
+    folder = own_dataset.parent
+    shutil.copytree(folder / "images", folder / "more")
+    (folder / "more" / "0.txt").write_text("a horse", encoding="utf-8")
+    other = folder / "other.toml"
+    other.write_text(own_dataset.read_text(encoding="utf-8").replace('"images"', '"more"'), encoding="utf-8")
+    plain = set(entries(own_dataset, "text"))
+    assert hyimg(*fill("text", other), *shout)[0] == 0
+    made = set(entries(own_dataset, "text")) - plain
+    for path in plain | made:
         os.utime(path, (time.time() - 3600, time.time() - 3600))  # young entries stay
-    code, _, err = hyimg(*fill("text", own_dataset), *shout, "--prune")
+    code, _, err = hyimg(*fill("text", own_dataset), *shout, "--prune", "--keep_for", other)
     assert code == 0, err
     after = set(entries(own_dataset, "text"))
-    assert len(after) == len(before)
-    assert len(after & before) == 1, "the empty prompt stays, 5 were made, 5 are of no use"
+    assert made <= after, "what the other file's captions become is kept"
+    assert len(after & plain) == 1, "of the captions as they are only the empty prompt stays"
+
+
+# ---- a network
+
+
+def test_samples_show_a_plugins_network_as_it_learns(train, own_dataset, monkeypatch, tmp_path, model):
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "hyimg-lycoris"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 2 --l 1", encoding="utf-8")
+    options = ["--plugin", "hyimg_lycoris", "--network_module", "loha", "--learning_rate", "0.5"]
+    options += ["--vae", model.vae, "--sample_prompts", prompts, "--sample_at_first"]
+    code, err, folder = train(own_dataset, *options, "--sample_every_n_steps", "3")
+    assert code == 0, err
+    before, after = ((folder / "sample" / f"lora-step0000000{n}-01.png").read_bytes() for n in (0, 3))
+    assert before != after
 
 
 # ---- one file, nothing installed

@@ -61,6 +61,23 @@ def test_a_resumed_run_ends_in_the_same_bits(train_kind, tmp_path, kind):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_checkpointing_and_streaming_change_no_bit(train_kind, kind):
+    options = {"max_train_steps": 2, "mixed_precision": "bf16"}
+    runs = [
+        train_kind(kind, **options),
+        train_kind(kind, **options, gradient_checkpointing=True, blocks_to_swap=1),
+    ]
+    one, other = (load_file(run.folder.lora_path()) for run in runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_the_parameters_may_be_of_16_bits(train_kind, kind):
+    run = train_kind(kind, max_train_steps=2, mixed_precision="bf16", full_bf16=True)
+    assert {parameter.dtype for parameter in run.network.parameters()} == {torch.bfloat16}
+
+
 def test_the_file_has_lycoris_names_in_both_forms(train_kind):
     folder = train_kind(max_train_steps=2).folder.directory
     own, comfy = load_file(folder / "lora.safetensors"), load_file(folder / "comfy" / "lora.safetensors")
@@ -84,6 +101,16 @@ def test_it_starts_from_its_own_file_and_from_no_other(train_kind, spy, train):
     lora = train().folder.lora_path()
     with pytest.raises(HyimgError, match="does not fit the network"):
         train_kind(network_weights=lora)
+
+
+def test_an_alpha_that_came_from_a_file_goes_on_in_a_resumed_run(train_kind, tmp_path):
+    path = train_kind(network_alpha=4).folder.lora_path()
+    options = {"network_alpha": 2, "max_train_steps": 2, "save_state": True, "save_every_n_steps": 1}
+    whole = train_kind(network_weights=path, **options)
+    assert {adapter.alpha for _, adapter in whole.network.adapters()} == {4}
+    state = whole.folder.directory / "lora-step00000001-state"
+    resumed = train_kind(**options, output_dir=tmp_path / "resumed", resume=str(state))
+    assert {adapter.alpha for _, adapter in resumed.network.adapters()} == {4}
 
 
 def test_arguments_reach_it_and_are_checked(train_kind):
