@@ -32,8 +32,8 @@ CONTEXT_SETTINGS = {
 class StageCommand(TyperCommand):
     """A command that takes several values after one flag and knows the reference tool's flags.
 
-    `--lora_weight a b` is read as `--lora_weight a --lora_weight b`. Of a command with positional arguments the
-    first words that are no option's only value are those.
+    `--lora_weight a b` is read as `--lora_weight a --lora_weight b`. Where a command has positional arguments, the
+    first words that do not stand right behind an option are these.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -81,7 +81,10 @@ class PluginGroup(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of that name. Raises HyimgError where no plugin that works has it and one is broken."""
+        """The command of that name, None where there is none.
+
+        Raises HyimgError where no plugin that works has it, and one is broken, which may be the one.
+        """
         if (command := super().get_command(ctx, cmd_name)) is not None:
             return command
         if (listed := ctx.meta.get(_LISTED, {}).get(cmd_name)) is not None:
@@ -94,7 +97,9 @@ class PluginGroup(TyperGroup):
         if entry is not None:
             return _command(plugins.load("commands", entry), entry.name, plugins.place(entry.plugin))
         if problems:
-            raise problems[0]
+            raise HyimgError(
+                f"no such command `{cmd_name}`, and {problems[0].message}", hint=problems[0].hint
+            )
         return None
 
 

@@ -8,8 +8,9 @@ the transform that its cache was made with says which entries are missing.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class CaptionContext:
 
 @dataclass(frozen=True)
 class Transform:
-    """One transform with its arguments; `blame` names it in errors."""
+    """One transform with its arguments."""
 
     name: str
     function: Callable[..., Any]
@@ -106,10 +107,10 @@ class CaptionTransforms:
             caption = transform(caption, context)
         return clean_lines(caption) if self.transforms else caption
 
-    def check_pure(self, captions: Sequence[tuple[str, CaptionContext]]) -> None:
+    def check_pure(self, captions: Iterable[tuple[str, CaptionContext]]) -> None:
         """Raises HyimgError where one of the first captions becomes another text when it is transformed again."""
-        for transform in self.transforms:
-            for caption, context in captions[:_NUM_REPEATED]:
+        for caption, context in islice(captions, _NUM_REPEATED):
+            for transform in self.transforms:
                 if transform(caption, context) != transform(caption, context):
                     raise HyimgError(
                         f"the caption transform `{transform.name}` gives another text each time, for "

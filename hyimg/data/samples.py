@@ -67,12 +67,12 @@ def scan(
         _raise_problems(dataset_file, [f"cannot read the image `{path}`: {why}" for path, why in bad.items()])
 
     if transforms:
-        captioned = [
+        captioned = (
             (image.caption, _caption_context(image, subset))
             for dataset, in_dataset in zip(dataset_file.datasets, found, strict=True)
             for subset, in_subset in zip(dataset.subsets, in_dataset, strict=True)
             for image in in_subset
-        ]
+        )
         transforms.check_pure(captioned)
     builder = _Builder(measured, caption_variants, transforms or CaptionTransforms())
     for number, (dataset, in_dataset) in enumerate(zip(dataset_file.datasets, found, strict=True)):
@@ -150,7 +150,9 @@ class _Builder:
         self, image: FoundImage, placement: Placement, number: int, dataset: Dataset, subset: Subset
     ) -> Sample:
         of_image = self._measured[image.path]
-        text = self._transforms(image.caption, _caption_context(image, subset))
+        text = image.caption
+        if self._transforms:
+            text = self._transforms(text, _caption_context(image, subset))
         caption = (text, subset.caption)
         if caption not in self._prompts:
             self._prompts[caption] = tuple(variants(*caption, self._caption_variants))

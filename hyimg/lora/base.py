@@ -107,10 +107,6 @@ class Adapter(nn.Module):
         """Takes over the values of `tensors()`; an alpha that is not there stays as it is."""
         for name, parameter in self.named_parameters():
             parameter.copy_(tensors[name])
-        self.load_alpha(tensors)
-
-    def load_alpha(self, tensors: Mapping[str, Tensor]) -> None:
-        """The alpha of `tensors`, where there is one."""
         if "alpha" in tensors:
             self.alpha = float(tensors["alpha"])
 

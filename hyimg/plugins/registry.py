@@ -31,7 +31,7 @@ _OPTION: Mapping[Kind, str] = {
     "optimizers": "--optimizer_type",
     "networks": "--network_module",
     "caption_transforms": "--caption_transform",
-    "commands": "hyimg",
+    "commands": "hyimg NAME",
 }
 MEND = "mend or uninstall it, or choose plugins with the environment variable HYIMG_LOAD_PLUGINS"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hyimg.lora.plan import ModulePlan
 from hyimg.model.safetensors_file import read_header
 from hyimg.plugins import Plugins, bind_arguments, describe, parse_arguments
 from hyimg.plugins.arguments import arguments_of
+from hyimg.report import Reporter
 
 _OURS = ("rank", "alpha")
 _TRIAL_ROWS = 4
@@ -66,9 +67,14 @@ class NetworkKind:
         return LoRANetwork(plan, self.adapter, self.arguments)
 
     def num_parameters(self, plan: Sequence[ModulePlan]) -> int:
-        """How many values the optimiser moves."""
-        with torch.device("meta"):
-            return sum(p.numel() for p in self.network(plan).parameters() if p.requires_grad)
+        """How many values the optimiser moves. One adapter of each shape is made, and forgotten."""
+        sizes: dict[ModulePlan, int] = {}
+        shapes = [replace(m, name="", learning_rate=None) for m in plan if m.rank and m.learning_rate != 0]
+        for shape in shapes:
+            if shape not in sizes:
+                parameters = self.adapter.create(shape, **self.arguments).parameters()
+                sizes[shape] = sum(p.numel() for p in parameters if p.requires_grad)
+        return sum(sizes[shape] for shape in shapes)
 
     def check(self, config: TrainConfig, args: NetworkArgs, plan: Sequence[ModulePlan]) -> None:
         """Raises HyimgError for an option that this kind cannot follow, and for adapters that do not work."""
@@ -117,10 +123,10 @@ class NetworkKind:
         if not out_PO.requires_grad:
             raise HyimgError(f"{blame}: nothing of it can be trained", hint="give it `nn.Parameter`s")
 
-    def save_format(self, asked: str, plan: Sequence[ModulePlan]) -> str:
+    def save_format(self, asked: str, plan: Sequence[ModulePlan], report: Reporter) -> str:
         """`--save_format`, where this kind's tensors have no names in ComfyUI's form the reference tool's alone.
 
-        Raises HyimgError where ComfyUI's form alone is asked for.
+        Says so, and raises HyimgError where ComfyUI's form alone is asked for.
         """
         module = next(m for m in plan if m.rank)
         ends = self.adapter.create(module, **self.arguments).tensors()
@@ -130,6 +136,10 @@ class NetworkKind:
                 f"`--save_format comfy` cannot hold `--network_module {self.name}`: ComfyUI has no name for "
                 f"`{strange[0]}`",
                 hint="give `--save_format kohya`",
+            )
+        if strange and asked == "both":
+            report.note(
+                f"ComfyUI has no name for `{strange[0]}`: files are saved in the reference tool's form alone"
             )
         return "kohya" if strange else asked
 

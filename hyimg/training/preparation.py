@@ -114,7 +114,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     folder = RunFolder(
         config.saving.output_dir,
         config.saving.output_name,
-        network.kind.save_format(config.saving.save_format, network.plan),
+        network.kind.save_format(config.saving.save_format, network.plan, report),
     )
     resumed = _resumed(config, folder, report)
     folder.check(overwrite=config.saving.overwrite, resumed=resumed.saved.path if resumed else None)

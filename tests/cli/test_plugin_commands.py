@@ -108,6 +108,7 @@ def test_a_broken_plugin_stands_in_nobodys_way(hyimg):
     assert hyimg("greet", "you", plugins=(BROKEN, COMMAND)) == (0, "hello you\n", "")
     code, _, err = hyimg("other", plugins=(BROKEN, COMMAND))
     assert code == 2
+    assert err.startswith("error: no such command `other`, and the plugin `plugin0` (")
     assert "mine is broken" in err, "it may be the one that has the command"
     code, _, err = hyimg("other")
     assert (code, err.splitlines()[0]) == (2, "error: no such command 'other'")
@@ -116,12 +117,12 @@ def test_a_broken_plugin_stands_in_nobodys_way(hyimg):
 def test_a_name_that_exists_is_an_error_and_ours_runs(hyimg):
     code, out, err = hyimg("--help", plugins=(TAKEN,))
     assert code == 0
-    assert "gives `Train` for `hyimg`, which `hyimg.cli.builtins` has already as `train`" in err
+    assert "gives `Train` for `hyimg NAME`, which `hyimg.cli.builtins` has already as `train`" in err
     assert "Train a LoRA on the cached dataset." in out
     code, _, err = hyimg("greet", "you", plugins=(COMMAND, COMMAND))
     assert (code, err) == (0, ""), "the first to give a name has it"
     code, _, err = hyimg("--help", plugins=(COMMAND, COMMAND))
-    assert "gives `greet` for `hyimg`, which `plugin0` has already" in err
+    assert "gives `greet` for `hyimg NAME`, which `plugin0` has already" in err
 
 
 def test_a_plugin_before_our_own_command_is_refused(hyimg):

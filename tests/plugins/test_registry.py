@@ -101,7 +101,9 @@ def test_the_listing_checks_what_a_plugin_gives(plugin):
     assert rows["hyimg.flow.builtins"].provides["samplers"] == ("euler", "heun", "dpm++2m")
     with pytest.raises(HyimgError, match="returned a set"):
         plugin(MARK + "def hyimg_losses(): return {'x'}").listing()
-    with pytest.raises(HyimgError, match="gives `train` for `hyimg`, which `hyimg.cli.builtins` has already"):
+    with pytest.raises(
+        HyimgError, match="gives `train` for `hyimg NAME`, which `hyimg.cli.builtins` has already"
+    ):
         plugin(MARK + "def hyimg_commands(): return {'train': max}").listing()
 
 
