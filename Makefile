@@ -8,6 +8,8 @@ else
 BIN := $(VENV)/bin
 endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+PLUGIN_FILES := $(wildcard plugins/*/pyproject.toml plugins/*/*.py plugins/*/*/*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-long check fix docs bench clean
@@ -32,15 +34,21 @@ $(VENV)/installed-%: $(VENV)/made pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[$*]'
 	@touch $@
 
-setup: $(VENV)/installed-dev
+# The example plugins as a user installs them, again whenever one of their files changes; what builds them is in the extra
+$(VENV)/plugins-%: $(VENV)/installed-% $(PLUGIN_FILES)
+	$(PIP) install --quiet --no-deps --no-build-isolation --no-index --force-reinstall $(addprefix ./,$(PLUGINS))
+	@rm -rf plugins/*/build plugins/*/*.egg-info
+	@touch $@
+
+setup: $(VENV)/plugins-dev
 
 demo: $(VENV)/installed-demo
 	$(BIN)/hyimg demo demo --overwrite
 
-test: $(VENV)/installed-test
+test: $(VENV)/plugins-test
 	$(BIN)/python -m pytest -n 2 -m "not long"
 
-test-long: $(VENV)/installed-test
+test-long: $(VENV)/plugins-test
 	$(BIN)/python -m pytest -m long
 
 check: $(VENV)/installed-dev
@@ -61,4 +69,4 @@ bench: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
-	rm -rf demo bench build *.egg-info
+	rm -rf demo bench build *.egg-info plugins/*/build plugins/*/*.egg-info

@@ -111,9 +111,9 @@ def report_table() -> str:
 
 
 def hooks_page() -> str:
-    """Every hook with its signature and paragraph."""
+    """Every hook with its signature, paragraph and example, in the order in which they are declared."""
     parts = []
-    for name, function in inspect.getmembers(hookspecs, inspect.isfunction):
+    for name, function in vars(hookspecs).items():
         if name.startswith("hyimg_"):
             parameters = ", ".join(inspect.signature(function).parameters)
             parts.append(f"### {name}({parameters})\n\n{inspect.getdoc(function)}\n")

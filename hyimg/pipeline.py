@@ -66,7 +66,7 @@ def train(config: TrainConfig, report: Reporter) -> TrainResult | None:
     report = OnceReporter(report)
     prepared = prepare(config, report)
     if latents or text:
-        open_training_workspace(config, report)
+        open_training_workspace(config, report, prepared.caption_transforms)
     if text:
         open_encoders(config)
     if latents:

@@ -17,6 +17,7 @@ import typer
 from hyimg import __version__
 from hyimg.cli import commands
 from hyimg.cli.flags import CONTEXT_SETTINGS, TRACEBACK_FLAG, add_command
+from hyimg.cli.plugin_commands import PluginGroup
 from hyimg.config import commands as configs
 from hyimg.errors import HyimgError, Terminated, did_you_mean
 from hyimg.memory.out_of_memory import general_changes, out_of_memory_error, out_of_memory_place
@@ -26,6 +27,7 @@ _INTERRUPTED, _TERMINATED = 130, 143
 
 app = typer.Typer(
     name="hyimg",
+    cls=PluginGroup,
     help="Train LoRA adapters for HunyuanImage-2.1, and render with them.",
     no_args_is_help=True,
     context_settings=CONTEXT_SETTINGS,
@@ -45,6 +47,13 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        # eager, so that it is known where `--help` comes after it
+        typer.Option(
+            "--plugin", help="Plugin whose commands to know: a `.py` file or a module's name.", is_eager=True
+        ),
+    ] = None,
 ) -> None:
     pass
 

@@ -99,7 +99,7 @@ def demo(config: DemoConfig, report: Reporter) -> None:
 
 
 def list_plugins(config: PluginsConfig, report: Reporter) -> None:
-    """List the plugins that are loaded, from where, and what they provide."""
+    """List the plugins that are loaded, from where, their hooks, and the names that they provide."""
     import json
     from dataclasses import asdict
 
@@ -111,5 +111,6 @@ def list_plugins(config: PluginsConfig, report: Reporter) -> None:
         return
     for row in rows:
         typer.echo(f"{row.name} ({row.origin})")
+        typer.echo(f"  hooks: {', '.join(row.hooks) or 'none'}")
         for kind, names in row.provides.items():
             typer.echo(f"  {kind.replace('_', ' ')}: {', '.join(names)}")

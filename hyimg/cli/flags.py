@@ -32,14 +32,14 @@ CONTEXT_SETTINGS = {
 class StageCommand(TyperCommand):
     """A command that takes several values after one flag and knows the reference tool's flags.
 
-    `--lora_weight a b` is read as `--lora_weight a --lora_weight b`. A command with positional arguments
-    has no such options, since nothing would tell their values apart.
+    `--lora_weight a b` is read as `--lora_weight a --lora_weight b`. Where a command has positional arguments, the
+    first words that do not stand right behind an option are these.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         notes: list[str] = []
         options = [p for p in self.params if isinstance(p, TyperOption)]
-        args, show_traceback = _take_traceback(args, options)
+        args, show_traceback = take_traceback(args, options)
         if ctx.obj is not None and show_traceback:
             ctx.obj[TRACEBACK_FLAG] = True
         known = frozenset(
@@ -49,11 +49,13 @@ class StageCommand(TyperCommand):
         many = {_normal(o) for p in options if p.multiple for o in p.opts}
         args, ctx.meta["hyimg.off"] = _take_negations(args, options)
         ctx.meta["hyimg.notes"] = notes
-        args = _take_named_argument(args, [str(p.name) for p in self.params if isinstance(p, TyperArgument)])
-        return super().parse_args(ctx, _repeat_flags(args, many))
+        arguments = [str(p.name) for p in self.params if isinstance(p, TyperArgument)]
+        args = _take_named_argument(args, arguments)
+        takes_value = {_normal(o) for p in options if not p.is_flag for o in p.opts}
+        return super().parse_args(ctx, _repeat_flags(args, many, takes_value, len(arguments)))
 
 
-def _take_traceback(args: list[str], options: list[TyperOption]) -> tuple[list[str], bool]:
+def take_traceback(args: list[str], options: list[TyperOption]) -> tuple[list[str], bool]:
     """The words without `--traceback`, where it is not the value of the option before it."""
     takes_value = {_normal(name) for o in options if not o.is_flag for name in o.opts}
     pairs = zip(["", *args], args, strict=False)
@@ -81,21 +83,22 @@ def _normal(flag: str) -> str:
     return flag.replace("_", "-")
 
 
-def _repeat_flags(args: list[str], many: set[str]) -> list[str]:
+def _repeat_flags(args: list[str], many: set[str], takes_value: set[str], num_arguments: int) -> list[str]:
     result: list[str] = []
     flag: str | None = None
-    fresh = False
+    is_value = False
     for word in args:
         if word.startswith("--"):
             name = _normal(word.partition("=")[0])
             flag = word if name in many and "=" not in word else None
-            fresh = True
-            result.append(word)
-        elif flag is not None and not fresh and not _is_short_flag(word):
-            result += [flag, word]
-        else:
-            fresh = False
-            result.append(word)
+            is_value = name in takes_value and "=" not in word
+        elif is_value or _is_short_flag(word):
+            is_value = False
+        elif num_arguments:
+            num_arguments -= 1
+        elif flag is not None:
+            result.append(flag)
+        result.append(word)
     return result
 
 

@@ -34,6 +34,7 @@ class DatasetConfig:
     output: ReportOutput = field(default_factory=ReportOutput)
     models: ReportModels = field(default_factory=ReportModels)
     training: ReportTraining = field(default_factory=ReportTraining)
+    common: Common = field(default_factory=Common)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,13 @@ class DatasetOptions:
         minimum=1,
         help="cached variants of a caption that has randomness (shuffle, wildcards, tag dropout)",
     )
+    caption_transform: tuple[str, ...] = option(
+        (),
+        help="a plugin's functions that captions pass through, in this order, before their variants are drawn",
+    )
+    caption_transform_args: tuple[str, ...] = option(
+        (), help='their arguments: `"name=value"`; each goes to the functions that take it'
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,9 @@ class FlowMatching:
         "sigma",
         help="how noise levels are drawn: sigma, uniform, sigmoid, shift, flux_shift, or a plugin's name",
     )
+    timestep_sampling_args: tuple[str, ...] = option(
+        (), help='arguments of a plugin\'s timestep sampling: `"name=value"`'
+    )
     sigmoid_scale: float = option(1.0, help="scale for sigmoid, shift and flux_shift")
     discrete_flow_shift: float = option(5.0, minimum=0, exclusive_minimum=True, help="shift of the schedule")
     model_prediction_type: str = option(

@@ -40,8 +40,8 @@ class NetworkTraining:
     network_module: str = option(
         "lora",
         synonyms={"networks.lora_hunyuan_image": "lora"},
-        help="kind of network; the reference tool's `networks.lora_hunyuan_image` is the same",
-        choices=("lora",),
+        help="kind of network: lora (the reference tool's `networks.lora_hunyuan_image` is the same), or a plugin's "
+        "name, whose own arguments stand in `--network_args`",
     )
     network_dropout: float = option(
         0.0, minimum=0, maximum=1, help="probability with which a value inside an adapter is dropped"

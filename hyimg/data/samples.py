@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hyimg.cache.index import Index
 from hyimg.data.buckets import Placement, Size
+from hyimg.data.caption_transforms import CaptionContext, CaptionTransforms
 from hyimg.data.captions import CaptionSettings, variants
 from hyimg.data.collector import collector_paused
 from hyimg.data.dataset import Dataset, DatasetFile, Subset
@@ -45,14 +46,15 @@ def scan(
     index: Index | None = None,
     *,
     caption_variants: int = 8,
+    transforms: CaptionTransforms | None = None,
     on_bad_image: str = "error",
     progress: Callable[[int], None] | None = None,
 ) -> Scan:
     """Finds and measures every image of a dataset file; with a warm index no image is opened.
 
-    `caption_variants` is how many variants a caption with randomness gets. `on_bad_image` is "error", or
-    "skip" to leave out images that cannot be read. `progress` is called with the images measured since its
-    last call. Raises `HyimgError` that lists every folder, caption and image that is missing or broken.
+    `caption_variants` is how many variants a caption with randomness gets, after `transforms`. `on_bad_image` is
+    "error", or "skip" to leave out images that cannot be read. `progress` is called with the images measured
+    since its last call. Raises `HyimgError` that lists every folder, caption and image that is missing or broken.
     """
     findings = Findings(notes=list(dataset_file.notes))
     found = [[find_images(subset, findings) for subset in d.subsets] for d in dataset_file.datasets]
@@ -64,7 +66,15 @@ def scan(
     if on_bad_image == "error":
         _raise_problems(dataset_file, [f"cannot read the image `{path}`: {why}" for path, why in bad.items()])
 
-    builder = _Builder(measured, caption_variants)
+    if transforms:
+        captioned = (
+            (image.caption, _caption_context(image, subset))
+            for dataset, in_dataset in zip(dataset_file.datasets, found, strict=True)
+            for subset, in_subset in zip(dataset.subsets, in_dataset, strict=True)
+            for image in in_subset
+        )
+        transforms.check_pure(captioned)
+    builder = _Builder(measured, caption_variants, transforms or CaptionTransforms())
     for number, (dataset, in_dataset) in enumerate(zip(dataset_file.datasets, found, strict=True)):
         builder.add_dataset(number, dataset, in_dataset, findings)
     if not builder.samples and not findings.problems:
@@ -90,11 +100,14 @@ def _raise_problems(dataset_file: DatasetFile, problems: list[str]) -> None:
 class _Builder:
     """Makes samples of found and measured images."""
 
-    def __init__(self, measured: dict[Path, Measured], caption_variants: int) -> None:
+    def __init__(
+        self, measured: dict[Path, Measured], caption_variants: int, transforms: CaptionTransforms
+    ) -> None:
         self.samples: list[Sample] = []
         self.validation: list[Sample] = []
         self._measured = measured
         self._caption_variants = caption_variants
+        self._transforms = transforms
         self._prompts: dict[tuple[str, CaptionSettings], tuple[str, ...]] = {}
         self._occurrences: Counter[str] = Counter()
 
@@ -137,7 +150,10 @@ class _Builder:
         self, image: FoundImage, placement: Placement, number: int, dataset: Dataset, subset: Subset
     ) -> Sample:
         of_image = self._measured[image.path]
-        caption = (image.caption, subset.caption)
+        text = image.caption
+        if self._transforms:
+            text = self._transforms(text, _caption_context(image, subset))
+        caption = (text, subset.caption)
         if caption not in self._prompts:
             self._prompts[caption] = tuple(variants(*caption, self._caption_variants))
         return Sample(
@@ -148,7 +164,7 @@ class _Builder:
             mask_path=image.mask_path,
             mask_hash=None if image.mask_path is None else self._measured[image.mask_path].sha256,
             placement=placement,
-            caption=image.caption,
+            caption=text,
             prompts=self._prompts[caption],
             num_repeats=subset.num_repeats,
             dataset_index=number,
@@ -161,6 +177,10 @@ class _Builder:
         what = f"{sha256} {placement.bucket} {placement.resized}"
         self._occurrences[what] += 1
         return hashlib.sha256(f"{what} {self._occurrences[what]}".encode()).hexdigest()[:32]
+
+
+def _caption_context(image: FoundImage, subset: Subset) -> CaptionContext:
+    return CaptionContext(image.path, subset.is_reg, subset.custom_attributes or {})
 
 
 def _split(samples: list[Sample], subset: Subset, findings: Findings) -> tuple[list[Sample], list[Sample]]:

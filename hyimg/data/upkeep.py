@@ -9,6 +9,7 @@ from hyimg.cache.entries import EntryStore, Survey
 from hyimg.cache.index import Index
 from hyimg.cache.pruning import other_models, prune
 from hyimg.config.dataset import CacheUpkeep, DatasetOptions
+from hyimg.data.caption_transforms import CaptionTransforms
 from hyimg.data.sample import Sample
 from hyimg.data.workspace import Workspace, samples_for
 from hyimg.errors import HyimgError, RunError
@@ -18,7 +19,12 @@ from hyimg.report import Reporter, size_text
 _MOST_LISTED = 20
 
 
-def kept_samples(upkeep: CacheUpkeep, options: DatasetOptions, index: Index) -> list[Sample]:
+def kept_samples(
+    upkeep: CacheUpkeep,
+    options: DatasetOptions,
+    index: Index,
+    transforms: CaptionTransforms | None = None,
+) -> list[Sample]:
     """The samples of the `--keep_for` dataset files, read before any work so that a wrong file is found early.
 
     Raises HyimgError for what is wrong with them, and for `--keep_for` without `--prune`.
@@ -28,7 +34,7 @@ def kept_samples(upkeep: CacheUpkeep, options: DatasetOptions, index: Index) -> 
             "`--keep_for` says what `--prune` is to keep, and `--prune` is not given",
             hint="give both, or neither",
         )
-    return [sample for path in upkeep.keep_for for sample in samples_for(path, options, index)]
+    return [sample for path in upkeep.keep_for for sample in samples_for(path, options, index, transforms)]
 
 
 def survey(

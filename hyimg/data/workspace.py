@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hyimg.cache.index import Index
 from hyimg.config.dataset import DatasetOptions
+from hyimg.data.caption_transforms import CaptionTransforms
 from hyimg.data.dataset import DatasetFile
 from hyimg.data.dataset_file import load_dataset_file
 from hyimg.data.sample import Sample
@@ -44,11 +45,17 @@ def cache_folder(cache_dir: Path | None, dataset_config: Path) -> Path:
     return cache_dir if cache_dir is not None else dataset_config.absolute().parent / CACHE_FOLDER
 
 
-def open_workspace(options: DatasetOptions, report: Reporter, **defaults: object) -> Workspace:
+def open_workspace(
+    options: DatasetOptions,
+    report: Reporter,
+    *,
+    transforms: CaptionTransforms | None = None,
+    **defaults: object,
+) -> Workspace:
     """Reads the dataset file and finds its images; notes and skipped images are reported.
 
-    `defaults` are dataset keys that flags give for what the file leaves out (`batch_size`). Raises HyimgError
-    for everything that is wrong with the file or its images.
+    Captions pass through `transforms`. `defaults` are dataset keys that flags give for what the file leaves out
+    (`batch_size`). Raises HyimgError for everything that is wrong with the file or its images.
     """
     assert options.dataset_config is not None
     given = {key: value for key, value in defaults.items() if value is not None}
@@ -56,7 +63,11 @@ def open_workspace(options: DatasetOptions, report: Reporter, **defaults: object
     cache_dir = cache_folder(options.cache_dir, options.dataset_config)
     index = Index(cache_dir)
     found = scan(
-        dataset_file, index, caption_variants=options.caption_variants, on_bad_image=options.on_bad_image
+        dataset_file,
+        index,
+        caption_variants=options.caption_variants,
+        transforms=transforms,
+        on_bad_image=options.on_bad_image,
     )
     if index.was_damaged:
         report.warning(
@@ -69,10 +80,21 @@ def open_workspace(options: DatasetOptions, report: Reporter, **defaults: object
     return Workspace(dataset_file, found, cache_dir, index)
 
 
-def samples_for(dataset_config: Path, options: DatasetOptions, index: Index) -> list[Sample]:
+def samples_for(
+    dataset_config: Path,
+    options: DatasetOptions,
+    index: Index,
+    transforms: CaptionTransforms | None = None,
+) -> list[Sample]:
     """The samples of another dataset file that uses the same cache, those for validation included.
 
-    A bad image is an error whatever `--on_bad_image` says: what is not known cannot be kept.
+    Its captions pass through the same `transforms`. A bad image is an error whatever `--on_bad_image` says: what
+    is not known cannot be kept.
     """
-    found = scan(load_dataset_file(dataset_config), index, caption_variants=options.caption_variants)
+    found = scan(
+        load_dataset_file(dataset_config),
+        index,
+        caption_variants=options.caption_variants,
+        transforms=transforms,
+    )
     return found.samples + found.validation

@@ -86,7 +86,8 @@ def sample_sigmas(
 
 def _checked(sigma_B: object, sampler: TimestepSampler, *, batch_size: int) -> Tensor:
     """The answer of a timestep sampler, which may be a plugin's, in float32; a rounding over 1 is taken off."""
-    blame = f"the timestep sampler `{getattr(sampler, '__name__', sampler)}`"
+    name = getattr(getattr(sampler, "func", sampler), "__name__", sampler)
+    blame = f"the timestep sampler `{name}`"
     hint = "it must return a float tensor of shape (B,) with values in 0..1"
     if not isinstance(sigma_B, Tensor):
         raise HyimgError(f"{blame} returned {type(sigma_B).__name__}, not a tensor", hint=hint)

@@ -14,61 +14,68 @@ Shapes: P tokens, I input features, O output features, R rank
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyimg.lora.base import Adapter
 from hyimg.lora.dropout import Dropout
 from hyimg.lora.magnitude import Magnitude
+from hyimg.model.layers import Linear
 from hyimg.randomness import keyed_generator
 
+if TYPE_CHECKING:
+    from hyimg.lora.plan import ModulePlan
 
-class LoRA(nn.Module):
+
+class LoRA(Adapter):
     """Two trainable matrices, `lora_down.weight` (R, I) and `lora_up.weight` (O, R), beside a frozen Linear.
 
-    It is one of `hyimg.model.layers.Linear.adapters`. `alpha` and `multiplier` are plain numbers, so that
-    the forward pass never waits for the device to read them; with a multiplier of 0 the output is the base's,
-    bit for bit. A fresh adapter has an up of zeros and does nothing. With a `magnitude` it is a DoRA; a
-    `dropout` acts only while it has a key.
+    A fresh adapter has an up of zeros and does nothing. With a `magnitude` it is a DoRA.
     """
+
+    honours: ClassVar[frozenset[str]] = frozenset(Adapter.OPTIONAL)
 
     lora_down: nn.Linear
     lora_up: nn.Linear
 
     def __init__(self, in_features: int, out_features: int, *, rank: int, alpha: float) -> None:
-        super().__init__()
-        assert rank > 0
-        self.rank = rank
-        self.alpha = alpha
-        self.multiplier = 1.0
+        super().__init__(in_features, out_features, rank=rank, alpha=alpha)
         self.magnitude: Magnitude | None = None
-        self.dropout: Dropout | None = None
         self._make_weights(in_features, out_features)
+
+    @classmethod
+    def create(cls, plan: ModulePlan, **arguments: Any) -> LoRA:
+        """The plain adapter, one for each row range, or a DoRA."""
+        from hyimg.lora.split import SplitLoRA  # which is a LoRA itself
+
+        lora: LoRA
+        if plan.parts:
+            lora = SplitLoRA(plan.in_features, plan.parts, rank=plan.rank, alpha=plan.alpha)
+        else:
+            lora = LoRA(plan.in_features, plan.out_features, rank=plan.rank, alpha=plan.alpha)
+        if plan.dora:
+            lora.magnitude = Magnitude(plan.out_features)
+        return lora
 
     def _make_weights(self, in_features: int, out_features: int) -> None:
         self.lora_down = weight_only(in_features, self.rank)
         self.lora_up = weight_only(self.rank, out_features)
 
-    @property
-    def scale(self) -> float:
-        """alpha/rank."""
-        return self.alpha / self.rank
-
-    def forward(self, x_PI: Tensor, y_PO: Tensor) -> Tensor:
-        """Adds the update for the input x (P, I) to the base layer's output y (P, O), in place where it can."""
-        dropout = self.dropout if self.dropout is not None and self.dropout.is_on else None
-        if self.multiplier == 0 or (dropout is not None and dropout.drops_module()):
-            return y_PO
+    def add_update(self, x_PI: Tensor, y_PO: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """multiplier * scale * up(down(x)) into y, in place; a DoRA's by its magnitude."""
         if self.magnitude is not None:
             update_PO = self.product(x_PI, dropout)
             adapted_PO: Tensor = self.magnitude(
                 y_PO, update_PO, *self.matrices(), scale=self.scale, multiplier=self.multiplier
             )
             return adapted_PO
-        return self.add_update(x_PI, y_PO, dropout)
+        return self.add_product(x_PI, y_PO, dropout)
 
-    def add_update(self, x_PI: Tensor, y_PO: Tensor, dropout: Dropout | None = None) -> Tensor:
+    def add_product(self, x_PI: Tensor, y_PO: Tensor, dropout: Dropout | None = None) -> Tensor:
         """multiplier * scale * up(down(x)) into y, in place."""
         hidden_PR = F.linear(x_PI, self.lora_down.weight.to(x_PI.dtype))
         if dropout is not None:
@@ -110,9 +117,41 @@ class LoRA(nn.Module):
         self.lora_up.weight.copy_(up)
         self.alpha = self.alpha if alpha is None else alpha
 
-    def misfit(self, down: Tensor, up: Tensor) -> str | None:
-        """Why matrices of the right shapes cannot be loaded, as the end of a sentence; None where they can."""
-        return None
+    def tensors(self) -> dict[str, Tensor]:
+        down, up = self.matrices()
+        held = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(self.file_alpha)}
+        if self.magnitude is not None:
+            held["dora_scale"] = self.magnitude.dora_scale.detach()
+        return held
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        alpha = float(tensors["alpha"]) if "alpha" in tensors else None
+        self.load_matrices(tensors["lora_down.weight"], tensors["lora_up.weight"], alpha)
+        if self.magnitude is not None:
+            self.magnitude.load(tensors["dora_scale"])
+
+    def roles(self) -> list[tuple[str, list[nn.Parameter]]]:
+        held = [("down", self.lora_down), ("up", self.lora_up), ("magnitude", self.magnitude)]
+        return [(role, list(part.parameters())) for role, part in held if part is not None]
+
+    def attached(self, linear: Linear) -> None:
+        if self.magnitude is not None:
+            self.magnitude.bind(linear)
+
+    def detached(self) -> None:
+        if self.magnitude is not None:
+            self.magnitude.release()
+
+    @torch.no_grad()
+    def update_norm(self) -> Tensor:
+        """The norm of alpha/rank * up @ down, whatever a magnitude makes of it.
+
+        |up @ down|^2 is the sum over R x R of (up^T up) * (down down^T), so that nothing of the weight's size is made.
+        """
+        down_RI, up_OR = (matrix.float() for matrix in self.matrices())
+        square = ((up_OR.T @ up_OR) * (down_RI @ down_RI.T)).sum()
+        return self.scale * torch.clamp(square, min=0).sqrt()
 
     @torch.no_grad()
     def shrink(self, factor: float) -> None:

@@ -5,13 +5,14 @@ Shapes: I input features, O output features
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from hyimg.lora.adapter import LoRA
 from hyimg.lora.network import LoRANetwork
+from hyimg.lora.plan import ModulePlan
 from hyimg.model.dit import DiT
 from hyimg.model.loading import Placement, unscale
 
@@ -21,8 +22,8 @@ def delta(network: LoRANetwork) -> Mapping[str, Tensor]:
 
     Float32 (O, I). Equal to tests/golden/lora_deltas.safetensors for the LoRA files beside it.
     """
-    assert all(lora.magnitude is None for _, lora in network.adapters()), "a DoRA's depends on the weight"
-    return {f"{module.name}.weight": lora.delta() for module, lora in network.adapters()}
+    assert all(lora.magnitude is None for _, lora in _loras(network)), "a DoRA's depends on the weight"
+    return {f"{module.name}.weight": lora.delta() for module, lora in _loras(network)}
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def merge_into(dit: DiT, network: LoRANetwork, multiplier: float = 1.0) -> None:
     The sum is made in float32 on the weight's device and rounded once to the weight's dtype. The network is
     not attached by this, and must not be attached as well. Its own multipliers are not looked at.
     """
-    for module, lora in network.adapters():
+    for module, lora in _loras(network):
         weight_OI = dit.get_parameter(f"{module.name}.weight")
         assert weight_OI.dtype.itemsize >= 2, "beside an fp8 weight a LoRA acts live"
         weight_OI.copy_(lora.merged(weight_OI, multiplier))
@@ -50,7 +51,7 @@ class MergingPlacement(Placement):
         self.inner = inner
         self._merges: dict[str, list[tuple[LoRA, float]]] = {}
         for network, multiplier in networks:
-            for module, lora in network.adapters():
+            for module, lora in _loras(network):
                 self._merges.setdefault(f"{module.name}.weight", []).append((lora, multiplier))
 
     def read_on(self, name: str) -> torch.device:
@@ -68,3 +69,10 @@ class MergingPlacement(Placement):
         if self.inner.dtype is None:
             merged = merged.to(tensor.dtype)
         self.inner.put(model, name, merged)
+
+
+def _loras(network: LoRANetwork) -> Iterator[tuple[ModulePlan, LoRA]]:
+    """The adapters of a network that was read from a LoRA file."""
+    for module, lora in network.adapters():
+        assert isinstance(lora, LoRA)
+        yield module, lora

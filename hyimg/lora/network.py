@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from hyimg.errors import HyimgError
 from hyimg.lora.adapter import LoRA
+from hyimg.lora.base import Adapter
 from hyimg.lora.dropout import Dropout, DropoutRates
 from hyimg.lora.file import read_lora, require_finite
-from hyimg.lora.magnitude import Magnitude
 from hyimg.lora.plan import ModulePlan, plan_from_state, plan_network
-from hyimg.lora.split import SplitLoRA
 from hyimg.model.architecture import DiTArch
 from hyimg.model.dit import DiT
 from hyimg.model.keys import linear_modules
@@ -33,7 +32,13 @@ class LoRANetwork(nn.Module):
     state_dict and device are never touched.
     """
 
-    def __init__(self, plan: Sequence[ModulePlan]) -> None:
+    def __init__(
+        self,
+        plan: Sequence[ModulePlan],
+        kind: type[Adapter] = LoRA,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`kind` makes the adapters, with `arguments` beside each module's plan."""
         super().__init__()
         self.plan = tuple(module for module in plan if module.rank)
         if not self.plan:
@@ -42,7 +47,7 @@ class LoRANetwork(nn.Module):
                 hint="a pattern in `network_reg_dims` must leave at least one module a rank",
             )
         for module in self.plan:
-            lora = _adapter(module)
+            lora = kind.create(module, **(arguments or {}))
             lora.requires_grad_(module.learning_rate != 0)
             self.add_module(module.lora_name, lora)
 
@@ -53,11 +58,13 @@ class LoRANetwork(nn.Module):
         alpha: float = 1.0,
         seed: int = 0,
         plan: Sequence[ModulePlan] | None = None,
+        kind: type[Adapter] = LoRA,
+        arguments: Mapping[str, Any] | None = None,
     ) -> LoRANetwork:
         """A fresh network that does nothing yet, not attached. `plan` takes the place of rank and alpha."""
         if plan is None:
             plan = plan_network(linear_modules(dit.arch), dim=rank, alpha=alpha)
-        network = LoRANetwork(plan)
+        network = LoRANetwork(plan, kind, arguments)
         for module, lora in network.adapters():
             lora.initialize(seed, module.name)
         return network
@@ -84,10 +91,10 @@ class LoRANetwork(nn.Module):
         network.load_state(state)
         return network
 
-    def adapters(self) -> Iterator[tuple[ModulePlan, LoRA]]:
+    def adapters(self) -> Iterator[tuple[ModulePlan, Adapter]]:
         """Every adapter with its plan, in model order."""
         for module, lora in zip(self.plan, self.children(), strict=True):
-            assert isinstance(lora, LoRA)
+            assert isinstance(lora, Adapter)
             yield module, lora
 
     def attach(self, dit: DiT) -> None:
@@ -98,8 +105,7 @@ class LoRANetwork(nn.Module):
         for module, lora in self.adapters():
             linear = _linear(dit, module.name)
             assert lora not in linear.adapters, f"{module.name} is attached already"
-            if lora.magnitude is not None:
-                lora.magnitude.bind(linear)
+            lora.attached(linear)
             linear.adapters = (*linear.adapters, lora)
 
     def detach(self, dit: DiT) -> None:
@@ -107,8 +113,7 @@ class LoRANetwork(nn.Module):
         for module, lora in self.adapters():
             linear = _linear(dit, module.name)
             linear.adapters = tuple(adapter for adapter in linear.adapters if adapter is not lora)
-            if lora.magnitude is not None:
-                lora.magnitude.release()
+            lora.detached()
 
     def set_multiplier(self, multiplier: float) -> None:
         """Scales the whole network: 1 as trained, 0 the base model bit for bit, negative inverts."""
@@ -148,14 +153,11 @@ class LoRANetwork(nn.Module):
 
         The weights are not copied, except those of a split adapter, which a file holds joined.
         """
-        state: dict[str, Tensor] = {}
-        for module, lora in self.adapters():
-            name = module.lora_name
-            state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = lora.matrices()
-            state[f"{name}.alpha"] = torch.tensor(lora.file_alpha)
-            if lora.magnitude is not None:
-                state[f"{name}.dora_scale"] = lora.magnitude.dora_scale.detach()
-        return state
+        return {
+            f"{module.lora_name}.{end}": tensor
+            for module, lora in self.adapters()
+            for end, tensor in lora.tensors().items()
+        }
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -169,15 +171,7 @@ class LoRANetwork(nn.Module):
                 hint="give the `--network_dim`, patterns and `--network_args` that they were trained with",
             )
         for module, lora in self.adapters():
-            name = module.lora_name
-            alpha = state.get(f"{name}.alpha")
-            lora.load_matrices(
-                state[f"{name}.lora_down.weight"],
-                state[f"{name}.lora_up.weight"],
-                None if alpha is None else float(alpha),
-            )
-            if lora.magnitude is not None:
-                lora.magnitude.load(state[f"{name}.dora_scale"])
+            lora.load_tensors(_of_module(module, lora, state))
 
     def misfit(self, state: Mapping[str, Tensor]) -> str | None:
         """What of a state is not this network's, as the end of a sentence, or None where it fits."""
@@ -192,9 +186,8 @@ class LoRANetwork(nn.Module):
             if name in state and state[name].shape != tensor.shape:
                 return f"`{name}` has the shape {list(state[name].shape)} where it needs {list(tensor.shape)}"
         for module, lora in self.adapters():
-            name = module.lora_name
-            if problem := lora.misfit(state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"]):
-                return f"`{name}` {problem}"
+            if problem := lora.misfit(_of_module(module, lora, state)):
+                return f"`{module.lora_name}` {problem}"
         return None
 
     def parameter_groups(self, learning_rate: float, loraplus_lr_ratio: float = 1.0) -> list[dict[str, Any]]:
@@ -213,22 +206,18 @@ class LoRANetwork(nn.Module):
             rate = learning_rate if module.learning_rate is None else module.learning_rate
             if module.learning_rate == 0:
                 continue
-            up_role, up_rate = ("up", rate * loraplus_lr_ratio) if loraplus_lr_ratio != 1 else ("", rate)
-            roles: list[tuple[nn.Module, str, float]] = [
-                (lora.lora_down, "down" if up_role else "", rate),
-                (lora.lora_up, up_role, up_rate),
-            ]
-            if lora.magnitude is not None:
-                roles.append((lora.magnitude, "magnitude", rate))
-            for half, role, lr in roles:
+            for kind, parameters in lora.roles():
+                lr = rate * loraplus_lr_ratio if kind == "up" else rate
+                # down and up are told apart where their rates are
+                role = "" if kind in ("down", "up") and loraplus_lr_ratio == 1 else kind
                 group = found.setdefault((rate, role), RateGroup(lr, role, []))
-                group.parameters.extend(half.parameters())
+                group.parameters.extend(parameters)
         return [found[key] for key in sorted(found, key=lambda key: key[0] != learning_rate)]
 
 
 @dataclass(frozen=True)
 class RateGroup:
-    """Parameters of one learning rate: `role` is down, up or magnitude, empty for down and up together."""
+    """Parameters of one learning rate: `role` is one of `Adapter.roles`, empty for down and up together."""
 
     lr: float
     role: str
@@ -240,15 +229,10 @@ class RateGroup:
         return {**options, "weight_decay": 0.0} if self.role == "magnitude" else options
 
 
-def _adapter(module: ModulePlan) -> LoRA:
-    lora: LoRA
-    if module.parts:
-        lora = SplitLoRA(module.in_features, module.parts, rank=module.rank, alpha=module.alpha)
-    else:
-        lora = LoRA(module.in_features, module.out_features, rank=module.rank, alpha=module.alpha)
-    if module.dora:
-        lora.magnitude = Magnitude(module.out_features)
-    return lora
+def _of_module(module: ModulePlan, lora: Adapter, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a state holds of one adapter, by the ends of the names."""
+    names = {end: f"{module.lora_name}.{end}" for end in lora.tensors()}
+    return {end: state[name] for end, name in names.items() if name in state}
 
 
 def _linear(dit: DiT, name: str) -> Linear:

@@ -53,9 +53,12 @@ class NetworkArgs:
     verbose: bool = False
 
     @staticmethod
-    def parse(pairs: Sequence[str]) -> NetworkArgs:
-        """Reads `"name=value"` pairs; raises `HyimgError` for an unknown name or a value that is none."""
-        values = _named_values(pairs)
+    def parse(pairs: Sequence[str], *, also: Sequence[str] = ()) -> NetworkArgs:
+        """Reads `"name=value"` pairs; raises `HyimgError` for an unknown name or a value that is none.
+
+        `also` are arguments of the kind of network, read elsewhere: they are named among those that are known.
+        """
+        values = _named_values(pairs, (*also, *KNOWN_ARGS))
         ratio = _ratio(values, "loraplus_unet_lr_ratio") or _ratio(values, "loraplus_lr_ratio")
         return NetworkArgs(
             rank_rules=tuple(parse_patterns(values.get("network_reg_dims", ""), "rank")),
@@ -81,7 +84,7 @@ class NetworkArgs:
         return sentences
 
 
-def _named_values(pairs: Sequence[str]) -> dict[str, str]:
+def _named_values(pairs: Sequence[str], known: Sequence[str]) -> dict[str, str]:
     values: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -93,7 +96,7 @@ def _named_values(pairs: Sequence[str]) -> dict[str, str]:
         if name not in KNOWN_ARGS:
             raise HyimgError(
                 f"`{name}` in `--network_args` is not known",
-                hint=did_you_mean(name, KNOWN_ARGS) or f"known are {', '.join(f'`{k}`' for k in KNOWN_ARGS)}",
+                hint=did_you_mean(name, known) or f"known are {', '.join(f'`{k}`' for k in known)}",
             )
         if name in values:
             raise HyimgError(f"`{name}` stands twice in `--network_args`", hint="join the two with a comma")

@@ -9,7 +9,7 @@ Shapes: I input features, O output features, R rank of a part, P number of parts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class SplitLoRA(LoRA):
             parts.append(F.linear(hidden, up_OR.to(x.dtype)))
         return torch.cat(parts, dim=-1)
 
-    def add_update(self, x_PI: Tensor, y_PO: Tensor, dropout: Dropout | None = None) -> Tensor:
+    def add_product(self, x_PI: Tensor, y_PO: Tensor, dropout: Dropout | None = None) -> Tensor:
         return torch.add(y_PO, self.product(x_PI, dropout), alpha=self.multiplier * self.scale)
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -73,7 +73,8 @@ class SplitLoRA(LoRA):
             up_OR.copy_(self._block(up, number))
         self.alpha = self.alpha if alpha is None else alpha / len(self.heights)
 
-    def misfit(self, down: Tensor, up: Tensor) -> str | None:
+    def misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
+        up = tensors["lora_up.weight"]
         blocks = [self._block(up, number) for number in range(len(self.heights))]
         if torch.count_nonzero(up) != sum(torch.count_nonzero(block) for block in blocks):
             return "is one adapter for all rows, and not one for each of q, k and v (`split_qkv`)"

@@ -11,6 +11,7 @@ from hyimg.cache.atomic import require_writable_folder
 from hyimg.cache.summary import CacheSummary
 from hyimg.cache.text import TextEntry, TextStore
 from hyimg.config.commands import CacheTextConfig
+from hyimg.data.caption_transforms import CaptionTransforms
 from hyimg.data.class_captions import class_captions
 from hyimg.data.plan import TextPlan, text_tasks
 from hyimg.data.upkeep import kept_samples, prune_unused, survey, tell_damaged
@@ -43,8 +44,9 @@ def cache_text(config: CacheTextConfig, report: Reporter) -> CacheSummary:
     processes = Processes.current()
     device = torch.device("cpu") if files.text_encoder_cpu else resolve_device(config.compute.device)
     extra = _sample_prompts(config)
+    transforms = CaptionTransforms.of(config.dataset, config.common.plugin)
     with processes.main_first():
-        workspace = open_workspace(config.dataset, report)
+        workspace = open_workspace(config.dataset, report, transforms=transforms)
         encoders = TextEncoders.open(
             files.text_encoder,
             files.byt5,
@@ -57,7 +59,9 @@ def cache_text(config: CacheTextConfig, report: Reporter) -> CacheSummary:
         )
         identity = encoders.identity
     extra += class_captions(workspace.all_samples, config.class_captions)
-    kept = kept_samples(config.upkeep, config.dataset, workspace.index) if processes.is_main else []
+    kept = (
+        kept_samples(config.upkeep, config.dataset, workspace.index, transforms) if processes.is_main else []
+    )
     store = TextStore(workspace.text_dir, identity, index=workspace.index)
     tasks = text_tasks(workspace.all_samples, store, extra)
     plan = TextPlan.of(tasks, survey(store, tasks, config.upkeep, report, processes))

@@ -16,6 +16,7 @@ from hyimg.cache.identity import file_identity
 from hyimg.config.commands import DatasetConfig
 from hyimg.data.bucket_sheet import write_bucket_sheet
 from hyimg.data.cache_state import Shapes, latent_cache_state, text_cache_state
+from hyimg.data.caption_transforms import CaptionTransforms
 from hyimg.data.plan import prompts_of
 from hyimg.data.report import (
     JSON_FORMAT,
@@ -62,6 +63,7 @@ def dataset(config: DatasetConfig, report: Reporter) -> DatasetReport:
     workspace = open_workspace(
         config.dataset,
         SilentReporter(),
+        transforms=CaptionTransforms.of(config.dataset, config.common.plugin),
         batch_size=training.train_batch_size,
         validation_split=training.validation_split,
         validation_seed=training.validation_seed,

@@ -23,6 +23,7 @@ from hyimg.cache.text import TextStore
 from hyimg.config.commands import TrainConfig
 from hyimg.config.load import flatten
 from hyimg.data.batches import epoch_batches
+from hyimg.data.caption_transforms import caption_transform_flags
 from hyimg.data.describe import describe_datasets
 from hyimg.data.plan import latent_store_for_training, text_store_for_training
 from hyimg.data.training_data import BatchLoader, TrainingData
@@ -98,7 +99,7 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
             show_timesteps(prepared, report)
         return TrainResult([], 0, prepared.seed)
     with processes.main_first():  # which reads the models' files for their hashes, and remembers those
-        workspace = open_training_workspace(config, report)
+        workspace = open_training_workspace(config, report, prepared.caption_transforms)
         loader, texts = _open_data(prepared, workspace, report)
     schedule = _schedule(prepared, workspace)
     identity = run_identity(config, loader.data, schedule)
@@ -234,7 +235,9 @@ def _open_data(
         index=workspace.index,
         identity=encoders.identity if encoders is not None else None,
         dataset_config=config.dataset.dataset_config,
-        flags=class_caption_flags(config) + sample_prompt_flags(config.validation),
+        flags=class_caption_flags(config)
+        + sample_prompt_flags(config.validation)
+        + caption_transform_flags(config.dataset, config.common.plugin),
     )
     loader = BatchLoader(
         TrainingData(samples, latents, texts, seed=prepared.seed),

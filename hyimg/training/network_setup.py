@@ -12,8 +12,10 @@ from torch import Tensor
 from hyimg.config.commands import TrainConfig
 from hyimg.errors import HyimgError
 from hyimg.flow.renderer import check_loras
+from hyimg.lora.adapter import LoRA
 from hyimg.lora.dropout import DropoutRates
-from hyimg.lora.file import read_lora, require_finite
+from hyimg.lora.file import require_finite
+from hyimg.lora.magnitude import Magnitude
 from hyimg.lora.merge import MergingPlacement
 from hyimg.lora.network import LoRANetwork, RateGroup
 from hyimg.lora.network_args import NetworkArgs
@@ -22,14 +24,17 @@ from hyimg.model.architecture import DiTArch
 from hyimg.model.dit import DiT
 from hyimg.model.keys import linear_modules
 from hyimg.model.loading import Placement
+from hyimg.plugins import Plugins
 from hyimg.report import Reporter, count_text
+from hyimg.training.network_kind import NetworkKind
 
 
 @dataclass(frozen=True)
 class NetworkSetup:
-    """`plan` says what each module gets; `start` holds the weights to begin with under the reference tool's
-    names (None: fresh ones)."""
+    """`kind` makes the adapters, `plan` says what each module gets; `start` holds the weights to begin with under
+    the names that they are saved by (None: fresh ones)."""
 
+    kind: NetworkKind
     args: NetworkArgs
     plan: tuple[ModulePlan, ...]
     start: Mapping[str, Tensor] | None
@@ -39,14 +44,16 @@ class NetworkSetup:
         self, dit: DiT, *, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> LoRANetwork:
         """The network, attached, as it is before the first step; magnitudes are float32 whatever the dtype."""
-        network = LoRANetwork.create(dit, seed=seed, plan=self.plan)
+        network = LoRANetwork.create(
+            dit, seed=seed, plan=self.plan, kind=self.kind.adapter, arguments=self.kind.arguments
+        )
         if self.start is not None:
             network.load_state(self.start)
         network.set_dropout(self.dropout)
         network.to(device, dtype)
-        for _, lora in network.adapters():
-            if lora.magnitude is not None:
-                lora.magnitude.to(torch.float32)
+        for part in network.modules():
+            if isinstance(part, Magnitude):
+                part.to(torch.float32)
         network.attach(dit)
         return network
 
@@ -58,23 +65,24 @@ class NetworkSetup:
             for kind, used in (("DoRA", any(m.dora for m in adapted)), ("rsLoRA", self.args.rslora))
             if used
         ]
-        parameters = sum(module.trainable_parameters for module in adapted)
+        parameters = self.kind.num_parameters(self.plan)
+        name = "" if self.kind.adapter is LoRA else f"{self.kind.name}, "
         scales = _range([module.scale for module in adapted])
         return (
-            f"{len(adapted)} of {len(self.plan)} modules, {parameters:,} parameters, "
+            f"{name}{len(adapted)} of {len(self.plan)} modules, {parameters:,} parameters, "
             f"rank {_range([module.rank for module in adapted])}, "
             f"alpha {_range([module.alpha for module in adapted])} (alpha/rank {scales})"
             + "".join(f", {kind}" for kind in kinds)
         )
 
 
-def prepare_network(config: TrainConfig, arch: DiTArch, report: Reporter) -> NetworkSetup:
+def prepare_network(config: TrainConfig, arch: DiTArch, plugins: Plugins, report: Reporter) -> NetworkSetup:
     """Reads what `--network_args` and the files of `--network_weights` and `--base_weights` say.
 
     Raises HyimgError for the first thing that is wrong; of the base weights only headers are read.
     """
     options, shape = config.network_training, config.network
-    args = NetworkArgs.parse(shape.network_args)
+    kind, args = NetworkKind.resolve(plugins, options.network_module, shape.network_args)
     modules = linear_modules(arch)
     for warning in args.warnings(modules, strict=shape.strict_patterns):
         report.warning(f"{warning} (`hyimg inspect-modules` lists the names)")
@@ -88,26 +96,27 @@ def prepare_network(config: TrainConfig, arch: DiTArch, report: Reporter) -> Net
         )
     _base_multipliers(config)
     check_loras(options.base_weights, arch)
-    start = _start_weights(config, arch)
+    start = _start_weights(config, kind, arch)
     if options.dim_from_weights:
         plan = _plan_from_weights(config, arch, start, args)
     else:
         plan = plan_network(modules, dim=shape.network_dim, alpha=shape.network_alpha, args=args)
     _require_work(plan)
+    kind.check(config, args, plan)
     if any(module.dora for module in plan):
         report.note(
             "DoRA: ComfyUI sets rows to a slightly other length until its pull request 15458; hyimg, LyCORIS and "
             "PEFT do as trained, and the reference tool leaves the lengths out"
         )
-    if start is not None and (problem := LoRANetwork(plan).misfit(start)):
+    if start is not None and (problem := kind.network(plan).misfit(start)):
         raise HyimgError(
             f"`{options.network_weights}` does not fit the network: {problem}",
             hint="give `--dim_from_weights`, or the `--network_dim`, patterns and `--network_args` that it was "
             "trained with",
         )
-    _warn_of_scale(config, plan, start, report)
+    _warn_of_scale(config, kind, plan, start, report)
     rates = DropoutRates(options.network_dropout, args.rank_dropout, args.module_dropout)
-    return NetworkSetup(args, plan, start, rates)
+    return NetworkSetup(kind, args, plan, start, rates)
 
 
 def merging_placement(
@@ -149,13 +158,14 @@ def _base_multipliers(config: TrainConfig) -> Sequence[float]:
     return options.base_weights_multiplier or (1.0,) * num_files
 
 
-def _start_weights(config: TrainConfig, arch: DiTArch) -> Mapping[str, Tensor] | None:
+def _start_weights(config: TrainConfig, kind: NetworkKind, arch: DiTArch) -> Mapping[str, Tensor] | None:
     """The weights of `--network_weights`, which are small and so are read at once."""
     path: Path | None = config.network_training.network_weights
     if path is None:
         return None
-    check_loras([path], arch)
-    state = read_lora(path)
+    if kind.adapter is LoRA:
+        check_loras([path], arch)
+    state = kind.read_weights(path)
     require_finite(path, state)
     return state
 
@@ -196,12 +206,16 @@ def _require_work(plan: Sequence[ModulePlan]) -> None:
 
 
 def _warn_of_scale(
-    config: TrainConfig, plan: Sequence[ModulePlan], start: Mapping[str, Tensor] | None, report: Reporter
+    config: TrainConfig,
+    kind: NetworkKind,
+    plan: Sequence[ModulePlan],
+    start: Mapping[str, Tensor] | None,
+    report: Reporter,
 ) -> None:
     """What alpha does, where it may not be what was meant."""
     options, alpha = config.network_training, config.network.network_alpha
     if start is not None and not options.dim_from_weights:
-        own = LoRANetwork(plan).state()
+        own = kind.network(plan).state()
         names = [name for name in start if name.endswith(".alpha")]
         if any(float(start[name]) != float(own[name]) for name in names):
             given = " and ".join(f"{value:g}" for value in sorted({float(start[name]) for name in names}))

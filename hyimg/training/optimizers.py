@@ -18,7 +18,7 @@ import torch
 from torch.optim import Optimizer
 
 from hyimg.errors import HyimgError
-from hyimg.plugins import Plugins, bind_arguments, load_object, parse_arguments
+from hyimg.plugins import Plugins, check_names, load_object, parse_arguments
 
 Groups = Iterable[dict[str, Any]]
 MakeOptimizer = Callable[[Groups, float], Optimizer]
@@ -112,7 +112,7 @@ def resolve_optimizer(plugins: Plugins, name: str, pairs: Iterable[str]) -> Make
             checked = make.constructor()
         elif make.__module__ == __name__:
             checked = load_object(_PASSES_ON_TO[make.__name__])
-    bind_arguments(checked, arguments, option="--optimizer_args", name=name)
+    check_names(checked, arguments, option="--optimizer_args", name=name)
 
     def make_optimizer(groups: Groups, lr: float) -> Optimizer:
         optimizer: Optimizer = make(list(groups), lr=lr, **arguments)

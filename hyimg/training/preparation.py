@@ -14,6 +14,7 @@ from hyimg.cache.atomic import require_writable_folder
 from hyimg.config.commands import TrainConfig
 from hyimg.config.load import replace
 from hyimg.config.rendering import Sampling
+from hyimg.data.caption_transforms import CaptionTransforms
 from hyimg.data.workspace import Workspace, open_workspace
 from hyimg.encoders.text import TextEncoders
 from hyimg.errors import HyimgError
@@ -58,6 +59,7 @@ class Preparation:
     timestep_sampler: TimestepSampler
     optimization: Optimization
     plugins: Plugins
+    caption_transforms: CaptionTransforms
     sample_plan: SamplePlan | None
     folder: RunFolder
     processes: Processes
@@ -96,7 +98,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     idle = idle_weighting(config.flow.weighting_scheme, sampling, config.flow.model_prediction_type)
     if idle is not None:
         report.warning(idle)
-    network = prepare_network(config, arch, report)
+    network = prepare_network(config, arch, plugins, report)
     check_preservation(config, report)
     optimization = prepare_optimization(
         config,
@@ -108,7 +110,11 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     )
     _check_together(config, network, optimization)
     assert config.saving.output_dir is not None
-    folder = RunFolder(config.saving.output_dir, config.saving.output_name, config.saving.save_format)
+    folder = RunFolder(
+        config.saving.output_dir,
+        config.saving.output_name,
+        network.kind.save_format(config.saving.save_format, network.plan, report),
+    )
     resumed = _resumed(config, folder, report, processes)
     folder.check(overwrite=config.saving.overwrite, resumed=resumed.saved.path if resumed else None)
     if config.logging.logging_dir is not None:
@@ -129,9 +135,10 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
         dit_options=dit_options,
         network=network,
         loss=_loss(plugins, config),
-        timestep_sampler=plugins.resolve("timestep_samplers", sampling),
+        timestep_sampler=_timestep_sampler(plugins, sampling, config),
         optimization=optimization,
         plugins=plugins,
+        caption_transforms=CaptionTransforms.of(config.dataset, plugins),
         sample_plan=_sample_plan(config, arch, plugins),
         folder=folder,
         processes=processes,
@@ -139,11 +146,14 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     )
 
 
-def open_training_workspace(config: TrainConfig, report: Reporter) -> Workspace:
+def open_training_workspace(
+    config: TrainConfig, report: Reporter, transforms: CaptionTransforms | None = None
+) -> Workspace:
     """The dataset and its caches as `train` sees them; raises HyimgError for what cannot be trained yet."""
     workspace = open_workspace(
         config.dataset,
         report,
+        transforms=transforms,
         batch_size=config.duration.train_batch_size,
         prior_loss_weight=config.loss.prior_loss_weight,
         validation_split=config.validation.validation_split,
@@ -255,3 +265,10 @@ def _loss(plugins: Plugins, config: TrainConfig) -> Loss:
     takes = inspect.signature(loss).parameters
     own = {key: getattr(config.loss, key) for key in _HUBER_OPTIONS if key in takes}
     return partial(loss, **bind_arguments(loss, own | arguments, option="--loss_args", name=name))
+
+
+def _timestep_sampler(plugins: Plugins, name: str, config: TrainConfig) -> TimestepSampler:
+    sampler = plugins.resolve("timestep_samplers", name)
+    option = "--timestep_sampling_args"
+    arguments = parse_arguments(config.flow.timestep_sampling_args, option)
+    return partial(sampler, **bind_arguments(sampler, arguments, option=option, name=name))

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hyimg.errors import HyimgError
-from hyimg.lora.adapter import LoRA
 from hyimg.lora.network import LoRANetwork
 from hyimg.report import Reporter
 from hyimg.training.resume import Stateful
@@ -29,7 +28,7 @@ def network_part(network: LoRANetwork) -> Stateful:
     def state_dict() -> dict[str, Any]:
         return {
             "weights": network.state_dict(),
-            "alphas": {name: lora.alpha for name, lora in _loras(network)},
+            "alphas": {module.lora_name: lora.alpha for module, lora in network.adapters()},
         }
 
     def load_state_dict(state: Mapping[str, Any]) -> None:
@@ -39,8 +38,8 @@ def network_part(network: LoRANetwork) -> Stateful:
                 hint="give the ranks, patterns and kinds of adapter that it was saved with",
             )
         network.load_state_dict(state["weights"])
-        for name, lora in _loras(network):
-            lora.alpha = state["alphas"][name]
+        for module, lora in network.adapters():
+            lora.alpha = state["alphas"][module.lora_name]
 
     return Stateful("network", state_dict, load_state_dict)
 
@@ -119,10 +118,6 @@ def generators_part(device: torch.device) -> Stateful:
             torch.cuda.set_rng_state(state["cuda"], device)
 
     return Stateful("generators", state_dict, load_state_dict)
-
-
-def _loras(network: LoRANetwork) -> list[tuple[str, LoRA]]:
-    return [(name, module) for name, module in network.named_modules() if isinstance(module, LoRA)]
 
 
 def _misfit(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> str | None:

@@ -1,17 +1,16 @@
-"""A hyimg plugin: the loss `frequency` and the sampler `midpoint`.
+"""A hyimg plugin: the loss `frequency`.
 
 Shapes: B batch, C latent channels, H W latent height and width
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hyimg.errors import HyimgError
 from hyimg.hookspecs import Provided, hookimpl
 
 if TYPE_CHECKING:
@@ -23,17 +22,23 @@ def hyimg_losses() -> Provided:
     return {"frequency": frequency}
 
 
-@hookimpl
-def hyimg_samplers() -> Provided:
-    return {"midpoint": midpoint}
-
-
 def frequency(prediction: Tensor, target: Tensor, context: LossContext, *, gain: float = 2.0) -> Tensor:
     """Mean squared error, each spatial frequency weighted from 1 (flat) to `gain` (finest); shape B.
 
-    By Parseval's theorem a gain of 1 is the plain mean squared error.
+    By Parseval's theorem a gain of 1 is the plain mean squared error. What a mask leaves out does not count, and
+    the mean is over what it lets count. Raises HyimgError for a negative gain.
     """
-    spectrum_BCHW = torch.fft.fft2((prediction - target).float(), norm="ortho")
+    if gain < 0:
+        raise HyimgError(
+            f"`gain` of the loss `frequency` is {gain:g}", hint="1 weights all alike, more weights detail up"
+        )
+    difference_BCHW = (prediction - target).float()
+    area_B = difference_BCHW.new_ones(len(difference_BCHW))
+    if context.weight_map is not None:
+        # the square of the root is the weight, so that a gain of 1 stays the weighted mean of squares
+        difference_BCHW = difference_BCHW * context.weight_map.float().sqrt()
+        area_B = context.weight_map.float().mean(dim=(1, 2, 3))
+    spectrum_BCHW = torch.fft.fft2(difference_BCHW, norm="ortho")
     height, width = prediction.shape[-2:]
     rows_H1 = torch.fft.fftfreq(height, device=prediction.device)[:, None]
     columns_W = torch.fft.fftfreq(width, device=prediction.device)
@@ -41,23 +46,4 @@ def frequency(prediction: Tensor, target: Tensor, context: LossContext, *, gain:
     distance_HW = torch.sqrt((rows_H1**2 + columns_W**2) / 0.5)
     weight_HW = 1 + (gain - 1) * distance_HW
     loss_B: Tensor = (weight_HW * spectrum_BCHW.abs().square()).flatten(1).mean(1)
-    return loss_B
-
-
-def midpoint(
-    denoise: Callable[[Tensor, float], Tensor],
-    x: Tensor,
-    sigmas: Tensor,
-    callback: Callable[[int, Tensor, Tensor], None] | None,
-) -> Tensor:
-    """The explicit midpoint method on dx/dsigma = (x - denoised) / sigma."""
-    levels = sigmas.tolist()
-    for step, (sigma, next_sigma) in enumerate(pairwise(levels)):
-        denoised = denoise(x, sigma)
-        middle = (sigma + next_sigma) / 2
-        x_middle = x + (middle - sigma) * (x - denoised) / sigma
-        slope = (x_middle - denoise(x_middle, middle)) / middle
-        x = x + (next_sigma - sigma) * slope
-        if callback is not None:
-            callback(step, x, denoised)
-    return x
+    return loss_B / area_B.clamp(min=1e-6)

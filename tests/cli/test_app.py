@@ -59,6 +59,21 @@ def test_dashes_and_underscores_are_one_name(parse):
     )
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "data.toml --plugin a.py b.py --cache_dir c",
+        "--plugin a.py data.toml --cache_dir c --plugin b.py",
+        "--cache_dir c --json --dataset_config data.toml --plugin a.py b.py",
+    ],
+)
+def test_the_positional_argument_is_none_of_a_flags_values(parse, words):
+    code, config = parse(configs.DatasetConfig, *words.split())
+    assert code == 0
+    assert str(config.dataset.dataset_config) == "data.toml"
+    assert config.common.plugin == ("a.py", "b.py")
+
+
 def test_several_values_after_one_flag_and_the_flag_repeated(parse):
     _, config = parse(
         configs.TrainConfig,

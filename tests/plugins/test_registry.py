@@ -13,20 +13,6 @@ from hyimg.plugins import load_plugins
 MARK = "from hyimg.hookspecs import hookimpl\n@hookimpl\n"
 
 
-@pytest.fixture
-def plugin(tmp_path):
-    """Writes plugin files from their texts and loads them, `one.py`, `two.py` and so on."""
-
-    def load(*texts):
-        files = []
-        for name, text in zip(("one", "two", "three"), texts, strict=False):
-            (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
-            files.append(str(tmp_path / f"{name}.py"))
-        return load_plugins(files)
-
-    return load
-
-
 def test_a_name_is_found_in_any_case_and_known_by_its_own_spelling(plugin):
     plugins = plugin(MARK + "def hyimg_samplers(): return {'Mine': max}")
     assert plugins.resolve("samplers", "mINE") is max
@@ -111,9 +97,36 @@ def test_a_faulty_plugin_is_named_with_its_place_and_hook(plugin, tmp_path, faul
 def test_the_listing_checks_what_a_plugin_gives(plugin):
     rows = {row.name: row for row in plugin(MARK + "def hyimg_losses(): return {'x': max}").listing()}
     assert rows["one"].provides == {"losses": ("x",)}
+    assert rows["one"].hooks == ("hyimg_losses",)
     assert rows["hyimg.flow.builtins"].provides["samplers"] == ("euler", "heun", "dpm++2m")
     with pytest.raises(HyimgError, match="returned a set"):
         plugin(MARK + "def hyimg_losses(): return {'x'}").listing()
+    with pytest.raises(
+        HyimgError, match="gives `train` for `hyimg NAME`, which `hyimg.cli.builtins` has already"
+    ):
+        plugin(MARK + "def hyimg_commands(): return {'train': max}").listing()
+
+
+def test_a_kind_of_which_there_is_none_says_so(plugin):
+    with pytest.raises(HyimgError, match="`--caption_transform` `x` is unknown") as caught:
+        plugin().resolve("caption_transforms", "x")
+    assert "no plugin that is loaded gives any" in str(caught.value.hint)
+
+
+def test_where_problems_are_collected_the_other_plugins_are_loaded(tmp_path):
+    files = {
+        "broken": "raise ValueError('no')",
+        "misspelt": MARK + "def hyimg_loses(): return {}",
+        "good": MARK + "def hyimg_losses(): return {'x': max}",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    problems = []
+    plugins = load_plugins([str(tmp_path / f"{name}.py") for name in files], problems=problems)
+    assert plugins.resolve("losses", "x") is max
+    assert len(problems) == 2
+    assert "cannot be imported: ValueError: no" in problems[0].message
+    assert "misspelt" not in {row.name for row in plugins.listing()}
 
 
 def test_an_installed_plugin_that_is_named_again_is_refused(tmp_path, monkeypatch):
