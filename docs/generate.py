@@ -28,6 +28,7 @@ COMMANDS = {
     "convert-comfy": configs.ConvertComfyConfig,
     "inspect-modules": configs.InspectModulesConfig,
     "check": configs.CheckConfig,
+    "download-models": configs.DownloadModelsConfig,
     "make-tiny-model": configs.MakeTinyModelConfig,
     "demo": configs.DemoConfig,
     "plugins": configs.PluginsConfig,

@@ -23,7 +23,7 @@ from hyimg.config.network import ClassCaptions, NetworkShape, NetworkTraining, P
 from hyimg.config.optimizer import LearningRate, Optimizer
 from hyimg.config.rendering import InferOutput, LoRAFiles, Prompt, Sampling, SheetOptions
 from hyimg.config.run import Duration, Hub, Logging, Metadata, ProcessCount, Saving, Validation
-from hyimg.config.tools import Check, Common, Conversion, Demo, Inspection, PluginList, TinyModel
+from hyimg.config.tools import Check, Common, Conversion, Demo, Download, Inspection, PluginList, TinyModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,13 @@ class CheckConfig:
 
     check: Check = field(default_factory=Check)
     dit: DiTFile = field(default_factory=DiTFile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadModelsConfig:
+    REQUIRED: ClassVar[tuple[str, ...]] = ("directory",)
+
+    download: Download = field(default_factory=Download)
 
 
 @dataclass(frozen=True, kw_only=True)

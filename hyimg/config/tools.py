@@ -1,4 +1,4 @@
-"""The small commands: convert-comfy, inspect-modules, check, make-tiny-model, demo, and what all commands share."""
+"""The small commands, from convert-comfy to demo, and what all commands share."""
 
 from __future__ import annotations
 
@@ -70,6 +70,27 @@ class TinyModel:
     depth: str = option("tiny", choices=("tiny", "full"), help="2+4 blocks, or the true 20+40")
     seed: int = option(0, minimum=0, help="seed of the weights")
     overwrite: bool = option(False, help="replace files that are there")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download:
+    """Download."""
+
+    directory: Path | None = option(None, argument=True, help="folder to write")
+    variant: str = option(
+        "bf16",
+        choices=("bf16", "fp8", "distilled"),
+        help="the DiT: in bf16, in scaled fp8, or the distilled one of 8 steps",
+    )
+    revision: tuple[str, ...] = option(
+        (), help="branch, tag or commit: `NAME` for every repository, `REPOSITORY=NAME` for one"
+    )
+    token: str | None = option(
+        None,
+        aliases=("huggingface_token",),
+        help="access token of the hub (not given: `HF_TOKEN`, or that of `hf auth login`)",
+    )
+    overwrite: bool = option(False, help="replace files of other content that are there")
 
 
 @dataclass(frozen=True, kw_only=True)
