@@ -23,7 +23,17 @@ from hyimg.config.network import ClassCaptions, NetworkShape, NetworkTraining, P
 from hyimg.config.optimizer import LearningRate, Optimizer
 from hyimg.config.rendering import InferOutput, LoRAFiles, Prompt, Sampling, SheetOptions
 from hyimg.config.run import Duration, Hub, Logging, Metadata, ProcessCount, Saving, Validation
-from hyimg.config.tools import Check, Common, Conversion, Demo, Download, Inspection, PluginList, TinyModel
+from hyimg.config.tools import (
+    Check,
+    Common,
+    Conversion,
+    Demo,
+    Download,
+    Forecast,
+    Inspection,
+    PluginList,
+    TinyModel,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +149,7 @@ class InspectModulesConfig:
     inspection: Inspection = field(default_factory=Inspection)
     network: NetworkShape = field(default_factory=NetworkShape)
     rate: LearningRate = field(default_factory=LearningRate)
+    forecast: Forecast = field(default_factory=Forecast)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,27 @@ class Inspection:
         help="known architecture, in place of a checkpoint",
     )
     pattern: str | None = option(None, help="list only the modules that this regular expression matches")
+    tree: bool = option(False, help="blocks that are alike once, with their number")
+    names: str | None = option(
+        None,
+        choices=("kohya", "comfy", "diffusers", "peft"),
+        help="the names that LoRA files of a tool have (not given: the model's own); patterns match the model's own "
+        "and kohya's whatever is shown",
+    )
     json: bool = option(False, help="print JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Options of train that the totals depend on."""
+
+    optimizer_type: str = option("AdamW", help="optimiser whose memory is told")
+    save_precision: str = option(
+        "bf16",
+        choices=("float", "fp16", "bf16"),
+        synonyms={"fp32": "float"},
+        help="type of the weights in the file whose size is told",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
