@@ -51,6 +51,8 @@ class Hub:
         self.told_size: dict[str, int] = {}
         self.damaged: set[str] = set()
         self.serves_ranges = True
+        self.renamed: dict[str, str] = {}
+        """Repositories that moved, by their old name: the hub sends whoever asks on to the new one."""
         self.token: str | None = None
         self.seconds_a_piece = 0.0
         hub = self
@@ -96,6 +98,9 @@ class Hub:
         self.requests.append((request.command, path, request.headers.get("Range"), told))
         owner, name, _, revision, path = path.lstrip("/").split("/", 4)
         repository = f"{owner}/{name}"
+        if repository in self.renamed:
+            there = f"/{self.renamed[repository]}/resolve/{revision}/{path}"
+            return self.respond(request, 307, {"Location": there}, b"")
         content = self.files.get((repository, path))
         if self.token is not None and told != f"Bearer {self.token}":
             return self.refuse(request, 401, "RepoNotFound")
@@ -241,6 +246,16 @@ def test_a_variant_brings_its_own_dit_under_its_own_name(hub, tmp_path, variant)
     # scales are looked for beside the weights (hyimg.model.fp8_format)
     scales = {"hunyuanimage2.1_fp8_scale.safetensors"} if variant == "fp8" else set()
     assert scales <= set(visible(tmp_path / "m"))
+
+
+def test_a_repository_that_was_renamed_is_found(hub, tmp_path):
+    new = "Comfy-Org/Another-Name"
+    hub.renamed = {VAE.repository: new}
+    hub.files |= {(new, path): content for (old, path), content in hub.files.items() if old == VAE.repository}
+    large = hub.files[new, VAE.path] = noise(5000)
+    code, _, err = download(hub, tmp_path)
+    assert code == 0, err
+    assert (tmp_path / VAE.name).read_bytes() == large
 
 
 def test_a_connection_that_breaks_again_and_again_loses_no_more_than_a_piece(hub, tmp_path):
