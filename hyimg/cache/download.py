@@ -199,8 +199,8 @@ def _explain(error: Exception, repository: str, path: str, revision: str | None)
 
     at = f" at `{revision}`" if revision not in (None, "main") else ""
     again = "run the same command again: it goes on where it stopped"
-    if isinstance(error, HyimgError):
-        return error
+    if isinstance(error, (AttributeError, NameError, TypeError)):
+        raise error  # a mistake of ours, or another release of the library
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunError(
             f"the disk is full: `{path}` could not be fetched whole", hint=f"free some space, and {again}"

@@ -7,6 +7,7 @@ error, so that a user mends a command line once.
 from __future__ import annotations
 
 import dataclasses
+import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -153,7 +154,8 @@ def select(config: type[C], source: Any) -> C:
 def _part_of_pipeline(opt: Option, value: Any, notes: list[str] | None) -> Any:
     """A model's own folder where the root of a diffusers pipeline was given: it is what is read, and hashed."""
     part = opt.traits.pipeline_part
-    if part is None or not isinstance(value, Path) or not (value / _PIPELINE_MARK).is_file():
+    # os.path's, which takes whatever cannot be a path for one that is not there
+    if part is None or not isinstance(value, Path) or not os.path.isfile(value / _PIPELINE_MARK):
         return value
     if notes is not None:
         notes.append(f"{opt.label}: `{value}` is a diffusers pipeline, of which `{part}` is read")

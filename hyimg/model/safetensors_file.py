@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,6 +47,9 @@ DTYPES: Mapping[str, tuple[int, str]] = {
 }
 
 _MAX_LISTED = 10
+_INDEX_SUFFIX = ".safetensors.index.json"
+# Shards as transformers and diffusers number them
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 
@@ -191,11 +195,16 @@ class Checkpoint:
 
     @staticmethod
     def open(path: str | os.PathLike[str], *, mmap: bool = True) -> Checkpoint:
-        """Opens a file, or a folder with one `*.safetensors.index.json` or one `*.safetensors`."""
+        """Opens a file, or a folder with one `*.safetensors.index.json` or one `*.safetensors`.
+
+        Raises `HyimgError` as `read_header`, for a folder with several, for a part of a sharded checkpoint, and for
+        shards and an index that do not belong together.
+        """
         path = Path(path)
         if not path.is_dir():
+            _refuse_part(path)
             return Checkpoint(path, (read_header(path),), mmap)
-        indexes = sorted(path.glob("*.safetensors.index.json"))
+        indexes = sorted(path.glob(f"*{_INDEX_SUFFIX}"))
         if len(indexes) == 1:
             return Checkpoint(path, _read_shards(indexes[0]), mmap)
         files = sorted(path.glob("*.safetensors"))
@@ -296,6 +305,18 @@ def _read_bytes(path: Path, position: int, num_bytes: int) -> bytearray:
         if file.readinto(buffer) != num_bytes:
             raise HyimgError(f"`{path}` became shorter while it was read")
     return buffer
+
+
+def _refuse_part(path: Path) -> None:
+    """Raises HyimgError for what is a part of a sharded folder by its name."""
+    shard = _SHARD.search(path.name)
+    if path.name.endswith(_INDEX_SUFFIX):
+        what = "the index of a sharded checkpoint"
+    elif shard is not None and int(shard[1]) > 1:
+        what = f"one of {int(shard[1])} shards"
+    else:
+        return
+    raise HyimgError(f"`{path}` is {what}, not all of it", hint=f"give its folder, `{path.parent}`")
 
 
 def _read_shards(index: Path) -> tuple[Header, ...]:

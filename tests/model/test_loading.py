@@ -145,6 +145,22 @@ def test_shards_that_do_not_belong_to_their_index_are_refused(
         check_dit(tmp_path)
 
 
+def test_a_part_of_a_sharded_folder_is_refused_with_the_folder(
+    tmp_path: Path, weights: dict[str, Tensor]
+) -> None:
+    for name, words in (
+        ("model-00001-of-00004.safetensors", "is one of 4 shards"),
+        ("model.safetensors.index.json", "is the index of a sharded checkpoint"),
+    ):
+        save_file(weights, tmp_path / name)
+        with pytest.raises(HyimgError, match=words) as error:
+            check_dit(tmp_path / name)
+        assert error.value.hint == f"give its folder, `{tmp_path}`"
+    whole = tmp_path / "model-00001-of-00001.safetensors"
+    save_file(weights, whole)
+    assert_same(load_dit(whole), weights)
+
+
 def test_tensors_of_several_dtypes_make_one_model(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     """As files have them whose norms or embedders were kept wider."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -96,6 +96,8 @@ class Hub:
             self.requests.append((request.command, f"content of {name}", request.headers.get("Range"), told))
             return self.send(request, name, self.files[repository.replace("--", "/"), path])
         self.requests.append((request.command, path, request.headers.get("Range"), told))
+        if "/resolve/" not in path:
+            return self.refuse(request, 404, "EntryNotFound")
         owner, name, _, revision, path = path.lstrip("/").split("/", 4)
         repository = f"{owner}/{name}"
         if repository in self.renamed:
