@@ -16,6 +16,7 @@ from hyimg.data.dataset_keys import KEYS
 from hyimg.data.report import FINDING_KINDS
 from hyimg.memory.plan import weight_bytes
 from hyimg.model.architecture import DIT_2_1
+from hyimg.model.release import VARIANTS
 from hyimg.report import size_text
 
 COMMANDS = {
@@ -28,6 +29,7 @@ COMMANDS = {
     "convert-comfy": configs.ConvertComfyConfig,
     "inspect-modules": configs.InspectModulesConfig,
     "check": configs.CheckConfig,
+    "download-models": configs.DownloadModelsConfig,
     "make-tiny-model": configs.MakeTinyModelConfig,
     "demo": configs.DemoConfig,
     "plugins": configs.PluginsConfig,
@@ -60,6 +62,26 @@ def weights_table() -> str:
         taken = weight_bytes(DIT_2_1, blocks_to_swap=blocks_to_swap, fp8=fp8)
         cells = [size_text(size) if size else "" for size in (taken.device, taken.ring, taken.host)]
         rows.append(f"| {' '.join(options) or 'none (bf16)'} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def release_table() -> str:
+    """What `download-models` fetches."""
+    rows = [
+        "| file | repository | path in it | size | taken by | with `--variant` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file in dict.fromkeys(file for files in VARIANTS.values() for file in files):
+        variants = [name for name, files in VARIANTS.items() if file in files]
+        cells = (
+            file.what,
+            f"[{file.repository}](https://huggingface.co/{file.repository})",
+            f"`{file.path}`",
+            size_text(file.about_bytes) if file.about_bytes is not None else "some MB",
+            f"`--{file.option}`" if file.option is not None else "",
+            "any" if len(variants) == len(VARIANTS) else ", ".join(variants),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

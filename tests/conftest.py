@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,3 +25,27 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 def golden() -> Path:
     """The folder of reference numbers; its READMEs say where each comes from."""
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def rename() -> Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]:
+    """Tensors under original names to those of another layout: the way back of a key map of `hyimg.model.keys`.
+
+    Takes the tensors, the key map of the other layout's names, and tensors of its shapes.
+    """
+
+    def renamed(
+        tensors: Mapping[str, Any], key_map: Mapping[str, Any], like: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        import torch
+
+        other = {}
+        for name, source in key_map.items():
+            tensor = tensors[name]
+            if source.swap_halves:
+                tensor = torch.cat(tensor.chunk(2)[::-1])
+            parts = tensor.split([len(like[part]) for part in source.parts])
+            other.update(zip(source.parts, (part.clone() for part in parts), strict=True))
+        return other
+
+    return renamed

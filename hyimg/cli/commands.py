@@ -11,6 +11,7 @@ from hyimg.config.commands import (
     ConvertComfyConfig,
     DatasetConfig,
     DemoConfig,
+    DownloadModelsConfig,
     InferConfig,
     InspectModulesConfig,
     MakeTinyModelConfig,
@@ -82,6 +83,13 @@ def check(config: CheckConfig, report: Reporter) -> None:
     from hyimg.stages.check import check
 
     check(config, report)
+
+
+def download_models(config: DownloadModelsConfig, report: Reporter) -> None:
+    """Fetch the model's files from the Hugging Face hub; what was interrupted goes on where it stopped."""
+    from hyimg.stages.download_models import download_models
+
+    download_models(config, report)
 
 
 def make_tiny_model(config: MakeTinyModelConfig, report: Reporter) -> None:

@@ -23,7 +23,17 @@ from hyimg.config.network import ClassCaptions, NetworkShape, NetworkTraining, P
 from hyimg.config.optimizer import LearningRate, Optimizer
 from hyimg.config.rendering import InferOutput, LoRAFiles, Prompt, Sampling, SheetOptions
 from hyimg.config.run import Duration, Hub, Logging, Metadata, ProcessCount, Saving, Validation
-from hyimg.config.tools import Check, Common, Conversion, Demo, Inspection, PluginList, TinyModel
+from hyimg.config.tools import (
+    Check,
+    Common,
+    Conversion,
+    Demo,
+    Download,
+    Forecast,
+    Inspection,
+    PluginList,
+    TinyModel,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +150,7 @@ class InspectModulesConfig:
     inspection: Inspection = field(default_factory=Inspection)
     network: NetworkShape = field(default_factory=NetworkShape)
     rate: LearningRate = field(default_factory=LearningRate)
+    forecast: Forecast = field(default_factory=Forecast)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +159,13 @@ class CheckConfig:
 
     check: Check = field(default_factory=Check)
     dit: DiTFile = field(default_factory=DiTFile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadModelsConfig:
+    REQUIRED: ClassVar[tuple[str, ...]] = ("directory",)
+
+    download: Download = field(default_factory=Download)
 
 
 @dataclass(frozen=True, kw_only=True)

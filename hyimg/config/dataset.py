@@ -65,12 +65,17 @@ class ReportOutput:
 class ReportModels:
     """Model files (none is needed; named, the report is about the caches that these make)."""
 
-    vae: Path | None = option(None, help="the VAE, a `.safetensors` file")
-    text_encoder: Path | None = option(None, help="Qwen2.5-VL, a file or a folder (with `--byt5`)")
-    byt5: Path | None = option(None, help="byT5 glyph encoder (with `--text_encoder`)")
+    vae: Path | None = option(None, pipeline_part="vae", help="the VAE, a file or a folder")
+    text_encoder: Path | None = option(
+        None, pipeline_part="text_encoder", help="Qwen2.5-VL, a file or a folder (with `--byt5`)"
+    )
+    byt5: Path | None = option(
+        None, pipeline_part="text_encoder_2", help="byT5 glyph encoder (with `--text_encoder`)"
+    )
     fp8_vl: bool = option(False, help="the text cache is one that was made with `--fp8_vl`")
     tokenizer: Path | None = option(
         None,
+        pipeline_part="tokenizer",
         aliases=("tokenizer_cache_dir",),
         help="folder with the Qwen tokenizer's files, or a `qwen.tiktoken` file, to count the captions' tokens "
         "(not given: as for cache-text, but nothing is downloaded)",

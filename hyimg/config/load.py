@@ -7,6 +7,7 @@ error, so that a user mends a command line once.
 from __future__ import annotations
 
 import dataclasses
+import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ C = TypeVar("C")
 
 # How a run file is named on the command line; one file cannot name another
 _RUN_FILE_KEYS = ("config", "config_file")
+# What lies in the root of a diffusers pipeline
+_PIPELINE_MARK = "model_index.json"
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
@@ -93,6 +96,7 @@ def make(
             resolved[opt.name] = checked(opt, raw, place, problems)
         else:
             resolved[opt.name] = opt.default
+        resolved[opt.name] = _part_of_pipeline(opt, resolved[opt.name], notes)
     required = getattr(config, "REQUIRED", ())
     problems += [f"{by_name[name].label} is required" for name in required if resolved[name] in (None, ())]
     if problems:
@@ -145,6 +149,17 @@ def select(config: type[C], source: Any) -> C:
     """A config of another command from the options that the two share (train running cache-latents)."""
     wanted = {opt.name for opt in all_options(config)}
     return make(config, {k: v for k, v in flatten(source).items() if k in wanted and v is not None})
+
+
+def _part_of_pipeline(opt: Option, value: Any, notes: list[str] | None) -> Any:
+    """A model's own folder where the root of a diffusers pipeline was given: it is what is read, and hashed."""
+    part = opt.traits.pipeline_part
+    # os.path's, which takes whatever cannot be a path for one that is not there
+    if part is None or not isinstance(value, Path) or not os.path.isfile(value / _PIPELINE_MARK):
+        return value
+    if notes is not None:
+        notes.append(f"{opt.label}: `{value}` is a diffusers pipeline, of which `{part}` is read")
+    return value / part
 
 
 def _names(config: type) -> dict[str, Option]:

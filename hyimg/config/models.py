@@ -15,6 +15,7 @@ class DiTFile:
     dit: Path | None = option(
         None,
         is_input=True,
+        pipeline_part="transformer",
         aliases=("pretrained_model_name_or_path",),
         help="DiT, a `.safetensors` file or a sharded folder with its index; original, ComfyUI or diffusers names",
     )
@@ -27,12 +28,19 @@ class TextEncoderFiles:
     text_encoder: Path | None = option(
         None,
         is_input=True,
+        pipeline_part="text_encoder",
         help="Qwen2.5-VL-7B, a single `.safetensors` file (ComfyUI layout) or a Hugging Face folder",
     )
-    byt5: Path | None = option(None, is_input=True, help="byT5 glyph encoder, a `.safetensors` file")
+    byt5: Path | None = option(
+        None,
+        is_input=True,
+        pipeline_part="text_encoder_2",
+        help="byT5 glyph encoder, a `.safetensors` file or a Hugging Face folder",
+    )
     tokenizer: Path | None = option(
         None,
         is_input=True,
+        pipeline_part="tokenizer",
         aliases=("tokenizer_cache_dir",),
         help="folder with the Qwen tokenizer's files, or a `qwen.tiktoken` ranks file "
         "(not given: beside the encoder, then the package dashscope, then the hub)",
@@ -52,7 +60,12 @@ class TextEncoderFiles:
 class VAEFile:
     """VAE."""
 
-    vae: Path | None = option(None, is_input=True, help="HunyuanImage-2.1 VAE, a `.safetensors` file")
+    vae: Path | None = option(
+        None,
+        is_input=True,
+        pipeline_part="vae",
+        help="HunyuanImage-2.1 VAE, a `.safetensors` file or diffusers' folder; original or diffusers names",
+    )
     vae_chunk_size: int | None = option(
         None,
         minimum=1,

@@ -47,6 +47,7 @@ class Traits:
     refused: Mapping[Any, str] = dataclasses.field(default_factory=dict)
     is_input: bool = False
     is_name: bool = False
+    pipeline_part: str | None = None
     bound_reason: str | None = None
     note: str | None = None
 
@@ -98,6 +99,7 @@ def option(
     refused: Mapping[Any, str] | None = None,
     is_input: bool = False,
     is_name: bool = False,
+    pipeline_part: str | None = None,
     bound_reason: str | None = None,
     note: str | None = None,
 ) -> Any:
@@ -110,7 +112,8 @@ def option(
     positional argument. `synonyms` maps other spellings of a value to the one that is kept. `later` is the
     reason why a value other than the default (and those in `available`) is refused for now; `refused` maps
     values that never will be to the reason. `is_input` says that the path must be there to be read, `is_name`
-    that the text becomes part of a file's name (`hyimg.config.names`). `bound_reason` says why there is a
+    that the text becomes part of a file's name (`hyimg.config.names`). `pipeline_part` is the folder of a diffusers
+    pipeline that is taken where its root is given. `bound_reason` says why there is a
     maximum, and `note` is told to whoever types the flag.
     """
     traits = Traits(
@@ -130,6 +133,7 @@ def option(
         refused=refused or {},
         is_input=is_input,
         is_name=is_name,
+        pipeline_part=pipeline_part,
         bound_reason=bound_reason,
         note=note,
     )

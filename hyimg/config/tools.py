@@ -1,4 +1,4 @@
-"""The small commands: convert-comfy, inspect-modules, check, make-tiny-model, demo, and what all commands share."""
+"""The small commands, from convert-comfy to demo, and what all commands share."""
 
 from __future__ import annotations
 
@@ -43,7 +43,27 @@ class Inspection:
         help="known architecture, in place of a checkpoint",
     )
     pattern: str | None = option(None, help="list only the modules that this regular expression matches")
+    tree: bool = option(False, help="blocks that are alike once, with their number")
+    names: str | None = option(
+        None,
+        choices=("kohya", "comfy", "diffusers", "peft"),
+        help="the names that LoRA files of a tool have (not given: the model's own); patterns match the model's own "
+        "and kohya's whatever is shown",
+    )
     json: bool = option(False, help="print JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Options of train that the totals depend on."""
+
+    optimizer_type: str = option("AdamW", help="optimiser whose memory is told")
+    save_precision: str = option(
+        "bf16",
+        choices=("float", "fp16", "bf16"),
+        synonyms={"fp32": "float"},
+        help="type of the weights in the file whose size is told",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +90,27 @@ class TinyModel:
     depth: str = option("tiny", choices=("tiny", "full"), help="2+4 blocks, or the true 20+40")
     seed: int = option(0, minimum=0, help="seed of the weights")
     overwrite: bool = option(False, help="replace files that are there")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download:
+    """Download."""
+
+    directory: Path | None = option(None, argument=True, help="folder to write")
+    variant: str = option(
+        "bf16",
+        choices=("bf16", "fp8", "distilled"),
+        help="the DiT: in bf16, in scaled fp8, or the distilled one of 8 steps",
+    )
+    revision: tuple[str, ...] = option(
+        (), help="branch, tag or commit: `NAME` for every repository, `REPOSITORY=NAME` for one"
+    )
+    token: str | None = option(
+        None,
+        aliases=("huggingface_token",),
+        help="access token of the hub (not given: `HF_TOKEN`, or that of `hf auth login`)",
+    )
+    overwrite: bool = option(False, help="replace files of other content that are there")
 
 
 @dataclass(frozen=True, kw_only=True)

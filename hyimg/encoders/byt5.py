@@ -23,6 +23,8 @@ from hyimg.errors import HyimgError
 from hyimg.model.safetensors_file import Checkpoint
 
 _TABLE = "shared.weight"
+# The same table under the name that the encoder ties to it; a file may have either, or both
+_TIED_TABLE = "encoder.embed_tokens.weight"
 _ATTENTION = "encoder.block.0.layer.0.SelfAttention."
 _BIAS = _ATTENTION + "relative_attention_bias.weight"
 # transformers' T5 computes the second matrix of the feed-forward part in float32 whatever the model's dtype,
@@ -63,7 +65,7 @@ class ByT5Arch:
 
 
 def check_byt5(path: Path | str) -> ByT5Arch:
-    """The sizes of the encoder in a file, after a look at its header only.
+    """The sizes of the encoder in a file or a Hugging Face folder, after a look at its headers only.
 
     Raises `HyimgError` for a file that is something else, and one that lists all tensors that are missing,
     misshapen or unknown.
@@ -72,8 +74,11 @@ def check_byt5(path: Path | str) -> ByT5Arch:
 
 
 def _arch_of(checkpoint: Checkpoint) -> ByT5Arch:
-    path, tensors = checkpoint.path, checkpoint.tensors
+    path, tensors = checkpoint.path, dict(checkpoint.tensors)
     refuse_other_kind(path, tensors, "byt5")
+    tied = tensors.get(_TIED_TABLE)
+    if tied is not None and tensors.setdefault(_TABLE, tied).shape == tied.shape:
+        del tensors[_TIED_TABLE]
 
     def shape(name: str) -> tuple[int, int]:
         info = tensors.get(name)
@@ -174,10 +179,12 @@ class ByT5Encoder:
             model = T5EncoderModel(config)
         state = {name: self._read(name) for name in arch.read_shapes()}
         # Tied to the table, and otherwise left on the meta device
-        state["encoder.embed_tokens.weight"] = state[_TABLE]
+        state[_TIED_TABLE] = state[_TABLE]
         model.load_state_dict(state, strict=True, assign=True)
         return model.eval()
 
     def _read(self, name: str) -> Tensor:
         dtype = torch.float32 if name.endswith(_FLOAT32) else self.dtype
+        if name == _TABLE and name not in self.checkpoint.tensors:
+            name = _TIED_TABLE
         return self.checkpoint.read(name, self.device).to(dtype=dtype)

@@ -24,8 +24,9 @@ from hyimg.encoders.template import (
 )
 from hyimg.encoders.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
 from hyimg.errors import HyimgError
+from hyimg.model.release import TOKENIZER
 
-HUB_REPOSITORY = "Qwen/Qwen2.5-VL-7B-Instruct"
+HUB_REPOSITORY = TOKENIZER.repository
 
 # Words with a leading space or sign, single digits, runs of signs, line ends, other white space
 # (`tokenizer.json` of the repository above, pre_tokenizer)
@@ -146,7 +147,7 @@ def _from_hub(download: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
     def fetch(*, local_files_only: bool) -> Path:
-        return Path(hf_hub_download(HUB_REPOSITORY, "tokenizer.json", local_files_only=local_files_only))
+        return Path(hf_hub_download(HUB_REPOSITORY, TOKENIZER.path, local_files_only=local_files_only))
 
     # The cache first: a hub that does not answer takes half a minute to fail. Both calls may raise the
     # errors of several libraries

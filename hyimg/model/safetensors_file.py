@@ -11,9 +11,10 @@ import json
 import math
 import mmap
 import os
+import re
 import stat
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,10 @@ DTYPES: Mapping[str, tuple[int, str]] = {
     "F64": (8, "float64"),
 }
 
+_MAX_LISTED = 10
+_INDEX_SUFFIX = ".safetensors.index.json"
+# Shards as transformers and diffusers number them
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 
@@ -190,11 +195,16 @@ class Checkpoint:
 
     @staticmethod
     def open(path: str | os.PathLike[str], *, mmap: bool = True) -> Checkpoint:
-        """Opens a file, or a folder with one `*.safetensors.index.json` or one `*.safetensors`."""
+        """Opens a file, or a folder with one `*.safetensors.index.json` or one `*.safetensors`.
+
+        Raises `HyimgError` as `read_header`, for a folder with several, for a part of a sharded checkpoint, and for
+        shards and an index that do not belong together.
+        """
         path = Path(path)
         if not path.is_dir():
+            _refuse_part(path)
             return Checkpoint(path, (read_header(path),), mmap)
-        indexes = sorted(path.glob("*.safetensors.index.json"))
+        indexes = sorted(path.glob(f"*{_INDEX_SUFFIX}"))
         if len(indexes) == 1:
             return Checkpoint(path, _read_shards(indexes[0]), mmap)
         files = sorted(path.glob("*.safetensors"))
@@ -297,22 +307,61 @@ def _read_bytes(path: Path, position: int, num_bytes: int) -> bytearray:
     return buffer
 
 
+def _refuse_part(path: Path) -> None:
+    """Raises HyimgError for what is a part of a sharded folder by its name."""
+    shard = _SHARD.search(path.name)
+    if path.name.endswith(_INDEX_SUFFIX):
+        what = "the index of a sharded checkpoint"
+    elif shard is not None and int(shard[1]) > 1:
+        what = f"one of {int(shard[1])} shards"
+    else:
+        return
+    raise HyimgError(f"`{path}` is {what}, not all of it", hint=f"give its folder, `{path.parent}`")
+
+
 def _read_shards(index: Path) -> tuple[Header, ...]:
-    """The shards that an index names, each header holding the tensors that the index gives to it."""
+    """The shards that an index names. They and it must tell of the same tensors, each once."""
+    shard_of = _read_weight_map(index)
+    names = sorted(set(shard_of.values()))
+    absent = [name for name in names if not (index.parent / name).exists()]
+    if absent:
+        raise HyimgError(
+            f"`{index}` names {len(absent)} of {len(names)} files that are not there: {_listed(absent)}",
+            hint="download them into the same folder",
+        )
+    headers = tuple(read_header(index.parent / name) for name in names)
+    problems = []
+    found = {tensor for header in headers for tensor in header.tensors}
+    problems += [f"`{tensor}` is in none of them" for tensor in shard_of if tensor not in found]
+    for file_name, header in zip(names, headers, strict=True):
+        for tensor in header.tensors:
+            if shard_of.get(tensor) != file_name:
+                where = f"`{shard_of[tensor]}`" if tensor in shard_of else "no file"
+                problems.append(f"`{tensor}` is in `{file_name}`, and in {where} by the index")
+    if problems:
+        raise HyimgError(
+            f"`{index}` and the files beside it do not belong together: {_listed(problems, quoted=False)}",
+            hint="download the folder again, index included",
+        )
+    return headers
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file, as an index tells it."""
     try:
-        weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError):
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not weight_map or not all(isinstance(name, str) and name for name in weight_map.values()):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise HyimgError(f"`{index}` is not a safetensors index: it has no readable `weight_map`") from None
-    headers = []
-    for file_name in sorted(set(weight_map.values())):
-        header = read_header(index.parent / file_name)
-        names = [name for name, shard in weight_map.items() if shard == file_name]
-        absent = [name for name in names if name not in header.tensors]
-        if absent:
-            raise HyimgError(f"`{header.path}` does not have `{absent[0]}`, which `{index.name}` says it has")
-        tensors = {name: header.tensors[name] for name in names}
-        headers.append(Header(header.path, tensors, header.metadata, header.data_start))
-    return tuple(headers)
+    return weight_map
+
+
+def _listed(texts: Sequence[str], *, quoted: bool = True) -> str:
+    """The first few, and how many more there are."""
+    shown = [f"`{text}`" if quoted else text for text in texts[:_MAX_LISTED]]
+    more = len(texts) - len(shown)
+    return (", " if quoted else "; ").join(shown) + (f" and {more} more" if more else "")
 
 
 # What a name of this kind of file contains and no other's does; the first kind that fits is taken

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from hyimg.config.commands import InspectModulesConfig
 from hyimg.errors import HyimgError
-from hyimg.lora.inspection import Inspection, inspect
+from hyimg.lora.inspection import Inspection, ModuleRow, inspect
+from hyimg.lora.module_tree import block_ranges, leaves
 from hyimg.model.architecture import DIT_2_1, DIT_2_1_DISTILLED, DIT_TINY, DIT_TINY_FULL, DiTArch
 from hyimg.model.header_check import read_dit_arch
-from hyimg.report import Reporter, size_text
+from hyimg.report import Reporter, count_text, size_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 ARCHITECTURES = {"2.1": DIT_2_1, "2.1-distilled": DIT_2_1_DISTILLED, "tiny": DIT_TINY, "full": DIT_TINY_FULL}
 
 
 def inspect_modules(config: InspectModulesConfig, report: Reporter) -> Inspection:
     """Prints the modules of a checkpoint (its header only) or of a known architecture; 2.1 where neither is given."""
+    if config.inspection.tree and config.inspection.json:
+        raise HyimgError(
+            "`--tree` and `--json` were both given", hint="JSON lists every module: leave one out"
+        )
     found = inspect(
         _architecture(config),
         dim=config.network.network_dim,
@@ -26,6 +36,9 @@ def inspect_modules(config: InspectModulesConfig, report: Reporter) -> Inspectio
         network_args=config.network.network_args,
         pattern=config.inspection.pattern,
         strict=config.network.strict_patterns,
+        names=config.inspection.names,
+        optimizer=config.forecast.optimizer_type,
+        save_precision=config.forecast.save_precision,
     )
     for warning in found.warnings:
         report.warning(warning)
@@ -34,9 +47,9 @@ def inspect_modules(config: InspectModulesConfig, report: Reporter) -> Inspectio
     if not found.rows:
         report.warning(f"no module matches `{config.inspection.pattern}`")
     if config.inspection.json:
-        _print_json(found)
+        _print_json(found, config)
     else:
-        _print_table(found)
+        _print_table(found, config)
     return found
 
 
@@ -47,15 +60,18 @@ def _architecture(config: InspectModulesConfig) -> DiTArch:
     return read_dit_arch(dit) if dit is not None else ARCHITECTURES[arch or "2.1"]
 
 
-def _print_json(found: Inspection) -> None:
+def _print_json(found: Inspection, config: InspectModulesConfig) -> None:
     modules = []
     for row in found.rows:
         entry = asdict(row)
         entry["in"], entry["out"] = entry.pop("in_features"), entry.pop("out_features")
+        if config.inspection.names is None:
+            del entry["names"]
         modules.append(entry)
+    forecast = asdict(config.forecast)
     document = {
         "modules": modules,
-        "totals": asdict(found.totals),
+        "totals": asdict(found.totals) | forecast,
         "patterns": [asdict(p) for p in found.patterns],
         "warnings": list(found.warnings),
     }
@@ -63,30 +79,67 @@ def _print_json(found: Inspection) -> None:
     print()
 
 
-def _print_table(found: Inspection) -> None:
+def _print_table(found: Inspection, config: InspectModulesConfig) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("module", no_wrap=True, overflow="fold")
-    for heading in ("in", "out", "parameters", "rank", "alpha", "rate"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in found.rows:
-        rank = str(row.rank) if row.rank else "-"
-        rate = f"{row.learning_rate:g}" if row.learning_rate is not None else "-"
-        cells = (row.in_features, row.out_features, f"{row.parameters:,}", rank, f"{row.alpha:g}", rate)
-        table.add_row(row.name, *map(str, cells))
-    console.print(table)
+    if not console.is_terminal:
+        console.width = 200  # for a program that reads lines: no name is broken
+    rows = _tree_rows(found.rows) if config.inspection.tree else _plain_rows(found.rows)
+    console.print(_table(rows))
     for pattern in found.patterns:
         console.print(
-            f"{pattern.option} {pattern.pattern}={pattern.value:g}: {pattern.num_modules} modules",
+            f"{pattern.option} {pattern.pattern}={pattern.value:g}: {count_text(pattern.num_modules, 'module')}",
             markup=False,
         )
-    totals = found.totals
+    totals, forecast = found.totals, config.forecast
+    memory = "not known" if totals.optimizer_bytes is None else size_text(totals.optimizer_bytes)
     console.print(
-        f"{totals.adapted_modules} of {totals.modules} modules adapted, {totals.trainable_parameters:,} trainable "
-        f"parameters, LoRA file {size_text(totals.file_bytes)} in float32, "
-        f"AdamW state {size_text(totals.optimizer_bytes)}"
+        f"{totals.adapted_modules} of {totals.modules} modules adapted, "
+        f"{totals.trainable_parameters:,} trainable parameters\n"
+        f"LoRA file {size_text(totals.file_bytes)} in {forecast.save_precision}, "
+        f"{forecast.optimizer_type} state {memory}",
+        markup=False,
     )
-    console.print("a pattern may also match a LoRA name, such as lora_unet_double_blocks_0_img_attn_qkv")
+    console.print("a pattern may match a LoRA name too: lora_unet_double_blocks_0_img_attn_qkv")
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    # the one column that a narrow terminal breaks
+    table.add_column("module", overflow="fold")
+    for heading in ("in", "out", "parameters", "rank", "alpha", "rate"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, *cells in rows:
+        table.add_row(Text(name), *cells)
+    return table
+
+
+def _plain_rows(rows: Iterable[ModuleRow]) -> Iterator[tuple[str, ...]]:
+    """A line for each name; what stands beside it is said once a module."""
+    for row in rows:
+        first, *others = row.names
+        yield first, *_cells(row)
+        yield from ((name,) for name in others)
+
+
+def _tree_rows(rows: Iterable[ModuleRow]) -> Iterator[tuple[str, ...]]:
+    """Blocks that are alike under one title, with the parameters of all of them beside it."""
+    for block in block_ranges(rows):
+        parameters = block.count * sum(row.parameters for row in block.rows)
+        count = f"  x{block.count}" if block.count > 1 else ""
+        yield block.title + count, "", "", f"{parameters:,}"
+        shown = None
+        for branch, row, end in leaves(block):
+            yield branch + end, *(_cells(row) if row is not shown else ())
+            shown = row
+
+
+def _cells(row: ModuleRow) -> tuple[str, ...]:
+    rank = str(row.rank) if row.rank else "-"
+    alpha = f"{row.alpha:g}" if row.rank else "-"
+    rate = f"{row.learning_rate:g}" if row.rank and row.learning_rate is not None else "-"
+    return str(row.in_features), str(row.out_features), f"{row.parameters:,}", rank, alpha, rate

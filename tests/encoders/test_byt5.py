@@ -103,3 +103,21 @@ def test_another_model_or_vocabulary_is_refused(models, byt5_golden, tmp_path):
     save_file(weights, tmp_path / "small.safetensors")
     with pytest.raises(HyimgError, match="a vocabulary of 300 tokens"):
         check_byt5(tmp_path / "small.safetensors")
+
+
+def test_the_table_may_have_either_of_its_names_or_both(byt5_golden, tmp_path):
+    """T5 ties `encoder.embed_tokens` to `shared`, and libraries differ in which of the two they write."""
+    weights = dict(byt5_golden.weights)
+    table = weights.pop("shared.weight")
+    tied = weights | {"encoder.embed_tokens.weight": table}
+    save_file(byt5_golden.weights, tmp_path / "shared.safetensors")
+    save_file(tied, tmp_path / "tied.safetensors")
+    save_file(tied | {"shared.weight": table.clone()}, tmp_path / "both.safetensors")
+    rows = [[60, 61, 62]]
+    (expected,) = ByT5Encoder.open(tmp_path / "shared.safetensors").hidden_states(rows)
+    for name in ("tied", "both"):
+        (states,) = ByT5Encoder.open(tmp_path / f"{name}.safetensors").hidden_states(rows)
+        assert torch.equal(states, expected)
+    save_file(tied | {"shared.weight": table[:-1].clone()}, tmp_path / "other.safetensors")
+    with pytest.raises(HyimgError, match=r"`encoder\.embed_tokens\.weight` is not known"):
+        check_byt5(tmp_path / "other.safetensors")

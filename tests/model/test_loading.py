@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hyimg.errors import HyimgError
-from hyimg.model.architecture import DIT_2_1_DISTILLED, DIT_TINY, VAE_TINY, DiTArch
+from hyimg.model.architecture import DIT_2_1, DIT_2_1_DISTILLED, DIT_TINY, VAE_2_1, VAE_TINY, DiTArch
 from hyimg.model.dit import DiT
 from hyimg.model.dit_shapes import dit_shapes
+from hyimg.model.header_check import read_dit_arch
+from hyimg.model.keys import dit_key_map
 from hyimg.model.loading import Placement, check_dit, check_vae, load_dit, load_vae, set_parameter
 from hyimg.model.random_init import init_random
 from hyimg.model.safetensors_file import Checkpoint, identify, read_header
@@ -83,12 +86,156 @@ def test_a_sharded_folder_is_one_checkpoint(tmp_path: Path, weights: dict[str, T
     assert [path.name for path in Checkpoint.open(tmp_path).files] == sorted(shards)
 
     (tmp_path / "a-00002.safetensors").unlink()
-    with pytest.raises(HyimgError, match=r"there is no file `.*a-00002\.safetensors`"):
+    with pytest.raises(
+        HyimgError, match=r"index\.json` names 1 of 2 files that are not there: `a-00002\.safetensors`"
+    ):
         check_dit(tmp_path)
     index.unlink()
     save_file(weights, tmp_path / "a-00002.safetensors")
     with pytest.raises(HyimgError, match="0 index files and 2 safetensors files"):
         check_dit(tmp_path)
+
+
+def test_shards_that_do_not_belong_to_their_index_are_refused(
+    tmp_path: Path, weights: dict[str, Tensor]
+) -> None:
+    """Nothing is guessed: which of two tensors of one name is meant, or what one is that the index leaves out."""
+    first, second, *rest = weights
+    index = tmp_path / "a.safetensors.index.json"
+
+    def write(left: list[str], right: list[str], weight_map: object) -> None:
+        save_file({name: weights[name] for name in left}, tmp_path / "left.safetensors")
+        save_file({name: weights[name] for name in right}, tmp_path / "right.safetensors")
+        index.write_text(json.dumps({"weight_map": weight_map}))
+
+    right_map = {first: "left.safetensors"} | dict.fromkeys([second, *rest], "right.safetensors")
+    write([first], [second, *rest], right_map)
+    assert_same(load_dit(tmp_path), weights)
+    for left, right, weight_map, problem in (
+        (
+            [first, second],
+            [second, *rest],
+            right_map,
+            f"`{second}` is in `left.safetensors`, and in `right.safetensors`",
+        ),
+        ([first], rest, right_map, f"`{second}` is in none of them"),
+        (
+            [first],
+            [second, *rest],
+            right_map | {first: "right.safetensors"},
+            f"`{first}` is in none of them",
+        ),
+        (
+            [first, second],
+            rest,
+            {name: file for name, file in right_map.items() if name != second},
+            f"`{second}` is in `left.safetensors`, and in no file by",
+        ),
+    ):
+        write(left, right, weight_map)
+        with pytest.raises(HyimgError, match="do not belong together") as error:
+            check_dit(tmp_path)
+        assert problem in error.value.message
+    for weight_map in ({}, [], {first: 1}, {first: ["left.safetensors"]}, {first: ""}, "x"):
+        write([first], rest, weight_map)
+        with pytest.raises(HyimgError, match="is not a safetensors index"):
+            check_dit(tmp_path)
+    write([first], rest, {f"x{n}": "left.safetensors" for n in range(30)})
+    with pytest.raises(HyimgError, match=" and 21 more"):
+        check_dit(tmp_path)
+
+
+def test_a_part_of_a_sharded_folder_is_refused_with_the_folder(
+    tmp_path: Path, weights: dict[str, Tensor]
+) -> None:
+    for name, words in (
+        ("model-00001-of-00004.safetensors", "is one of 4 shards"),
+        ("model.safetensors.index.json", "is the index of a sharded checkpoint"),
+    ):
+        save_file(weights, tmp_path / name)
+        with pytest.raises(HyimgError, match=words) as error:
+            check_dit(tmp_path / name)
+        assert error.value.hint == f"give its folder, `{tmp_path}`"
+    whole = tmp_path / "model-00001-of-00001.safetensors"
+    save_file(weights, whole)
+    assert_same(load_dit(whole), weights)
+
+
+def test_tensors_of_several_dtypes_make_one_model(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    """As files have them whose norms or embedders were kept wider."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    mixed = {name: weight.to(dtypes[n % 4]) for n, (name, weight) in enumerate(weights.items())}
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    assert_same(load_dit(tmp_path / "mixed.safetensors"), mixed)
+    bf16 = load_dit(tmp_path / "mixed.safetensors", dtype=torch.bfloat16)
+    assert_same(bf16, {name: weight.bfloat16() for name, weight in mixed.items()})
+
+
+def test_parts_of_several_dtypes_become_one_tensor(
+    tmp_path: Path, weights: dict[str, Tensor], golden_json: Callable[[str], Any], rename: Any
+) -> None:
+    rows = {row["original"]: row["diffusers"] for row in golden_json("keymap")["weights"]}
+    key_map = dit_key_map([part["name"] for name in weights for part in rows[name]])
+    like = {}
+    for name, source in key_map.items():
+        heights = [DIT_TINY.hidden] * 3 + [DIT_TINY.mlp_hidden]
+        for part, height in zip(source.parts, heights, strict=False):
+            like[part] = range(len(weights[name]) if len(source.parts) == 1 else height)
+    theirs = rename(weights, key_map, like)
+    save_file(theirs, tmp_path / "diffusers.safetensors")
+    assert_same(load_dit(tmp_path / "diffusers.safetensors"), weights)
+    name = "transformer_blocks.0.attn.to_{}.weight"
+    for part, dtype in (("q", torch.float16), ("k", torch.bfloat16)):
+        theirs[name.format(part)] = theirs[name.format(part)].to(dtype)
+    save_file(theirs, tmp_path / "mixed.safetensors")
+    joined = load_dit(tmp_path / "mixed.safetensors").double_blocks[0].img_attn_qkv.weight
+    assert torch.equal(joined, torch.cat([theirs[name.format(part)].float() for part in "qkv"]))
+
+
+@pytest.mark.parametrize("layout", ["original", "comfyui", "diffusers"])
+@pytest.mark.parametrize("distilled", [False, True], ids=["base", "distilled"])
+def test_headers_of_the_real_size_are_accepted_in_every_layout(
+    tmp_path: Path, golden_json: Callable[[str], Any], layout: str, distilled: bool
+) -> None:
+    keys = golden_json("dit_keys")
+    shapes = keys["keys"] | (keys["distilled"]["extra_keys"] if distilled else {})
+    keymap = golden_json("keymap")
+    named: dict[str, list[int]] = {}
+    for row in keymap["weights"] + (keymap["extra"] if distilled else []):
+        shape = shapes[row["original"]]
+        if layout != "diffusers":
+            named[row[layout]] = shape
+            continue
+        for part in row["diffusers"]:
+            start, end = part.get("rows", (0, shape[0]))
+            named[part["name"]] = [end - start, *shape[1:]]
+    path = write_hole(tmp_path / "real.safetensors", named)
+    assert check_dit(path) == (DIT_2_1_DISTILLED if distilled else DIT_2_1) == read_dit_arch(path)
+    # a fault at the full size is found as at any other
+    left_out = next(iter(named))
+    with pytest.raises(HyimgError, match="is missing"):
+        check_dit(write_hole(path, {k: v for k, v in named.items() if k != left_out}))
+
+
+@pytest.mark.parametrize("prefix", ["", "vae."])
+def test_the_real_vae_s_header_is_accepted(
+    tmp_path: Path, golden_json: Callable[[str], Any], prefix: str
+) -> None:
+    shapes = {prefix + name: shape for name, shape in golden_json("vae_keys")["keys"].items()}
+    assert check_vae(write_hole(tmp_path / "vae.safetensors", shapes)) == VAE_2_1
+
+
+def write_hole(path: Path, shapes: dict[str, list[int]]) -> Path:
+    """A bf16 file of true size that is all header: its tensors are a hole in the file."""
+    header, position = {}, 0
+    for name, shape in shapes.items():
+        end = position + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    write(path, len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + position)
+    return path
 
 
 def test_a_placement_sees_every_tensor_and_has_the_last_word(dit_path: Path) -> None:

@@ -96,7 +96,55 @@ def test_the_table_shows_every_module_and_the_totals(hyimg):
     assert hyimg("inspect-modules", "--arch", "tiny", "--dit", "{dit}")[0] == 2
 
 
-# ---- make-tiny-model
+def test_the_tree_tells_blocks_that_are_alike_once(hyimg):
+    tree = ["inspect-modules", "--tree", "--network_args"]
+    code, out, err = hyimg(*tree, r"network_reg_dims=single_blocks\.(\d|1\d)\.=8,double.*img_mod=0")
+    assert code == 0, err
+    lines = out.splitlines()
+    titles = [line.split() for line in lines if "_blocks." in line and line.split()[-1].count(",") > 1]
+    assert [title[:2] for title in titles] == [
+        ["double_blocks.0..19", "x20"],
+        ["single_blocks.0..19", "x20"],
+        ["single_blocks.20..39", "x20"],
+    ]
+    modules = [line.split() for line in lines if line.startswith(("├", "└"))]
+    assert len(modules) == 10 + 3 + 3
+    assert modules[0][1:] == ["img_mod.linear", "3584", "21504", "77,091,840", "-", "-", "-"]
+    assert [row[5] for row in modules[-6:]] == ["8"] * 3 + ["4"] * 3
+    assert hyimg(*tree, "dora=True", "--json")[0] == 2
+
+
+def test_a_fused_module_has_a_line_for_each_of_another_tool_s_names(hyimg):
+    asked = ["inspect-modules", "--arch", "tiny", "--names", "diffusers", "--pattern", "_0_linear1"]
+    code, out, _ = hyimg(*asked)
+    assert code == 0
+    block = "transformer.single_transformer_blocks.0."
+    ends = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    lines = out.splitlines()[1:5]
+    assert [line.split()[0] for line in lines] == [block + end for end in ends]
+    assert [len(line.split()) for line in lines] == [7, 1, 1, 1]
+    (module,) = json.loads(hyimg(*asked, "--json")[1])["modules"]
+    assert module["name"] == "single_blocks.0.linear1"
+    assert module["names"] == [block + end for end in ends]
+
+
+def test_the_totals_are_those_of_a_run_with_the_same_options(hyimg, trained):
+    """`trained` saves in float32; its two optimiser moments are twice its weights."""
+    asked = ["inspect-modules", "--dit", "{dit}", "--network_dim", "4", "--network_alpha", "4", "--json"]
+    totals = json.loads(hyimg(*asked, "--save_precision", "fp32")[1])["totals"]
+    file = trained / "lora.safetensors"
+    assert sum(tensor.nbytes for tensor in load_file(file).values()) == totals["file_bytes"]
+    assert totals["save_precision"] == "float"
+    assert totals["optimizer_bytes"] == 8 * totals["trainable_parameters"]
+    lion = json.loads(hyimg(*asked, "--optimizer_type", "Lion")[1])["totals"]
+    assert 2 * lion["optimizer_bytes"] == totals["optimizer_bytes"]
+    assert 2 * lion["file_bytes"] == totals["file_bytes"]
+    code, out, _ = hyimg(*asked[:-1], "--optimizer_type", "torch.optim.Rprop")
+    assert code == 0
+    assert "torch.optim.Rprop state not known" in out
+
+
+# ---- checkpoints
 
 
 def test_a_checkpoint_is_checked_to_its_last_tensor_without_torch(hyimg, model, tmp_path):
