@@ -15,6 +15,9 @@ from hyimg.errors import HyimgError
 METADATA_KEY = "hyimg"
 """The PNG text chunk, and the key in a latent file's metadata, that holds the settings as JSON."""
 
+FINGERPRINTS = "fingerprints"
+"""The key under which the model files stand: fingerprints by option."""
+
 # Settings that are options under the same name: all that changes a picture, if only in its last bits
 _OPTIONS = (
     *("prompt", "negative_prompt", "infer_steps", "guidance_scale", "flow_shift", "seed"),
@@ -65,7 +68,8 @@ def picture_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises HyimgError for a picture without settings, and for one whose LoRA files are not found.
     """
     settings = read_settings(path)
-    if settings is None or "prompt" not in settings:
+    # samples of a training have no fingerprints: their adapters were no files yet
+    if settings is None or not isinstance(settings.get(FINGERPRINTS), dict):
         raise HyimgError(
             f"`{path}` does not say how it was made",
             hint="take a picture of `hyimg infer` or `hyimg sample`, made without `--no_metadata`",

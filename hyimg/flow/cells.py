@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hyimg.config.picture import read_settings
+from hyimg.config.picture import FINGERPRINTS, read_settings
 from hyimg.errors import HyimgError
 from hyimg.flow.latents import Rendered, read_latent
 from hyimg.flow.loras import LoRAUse
 from hyimg.flow.pictures import settings_text
-from hyimg.flow.plan import FINGERPRINTS, RenderPlan
+from hyimg.flow.plan import RenderPlan
 from hyimg.flow.prompts import PromptSpec, RenderSpec
 from hyimg.model.architecture import VAEArch
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hyimg.cache.identity import Memo, fingerprint
 from hyimg.config.models import Compute, Memory, TextEncoderFiles, VAEFile
+from hyimg.config.picture import FINGERPRINTS
 from hyimg.config.rendering import LoRAFiles, Sampling
 from hyimg.encoders.glyph import glyph_prompt
 from hyimg.encoders.progress import encode_prompts
@@ -44,9 +45,6 @@ from hyimg.model.safetensors_file import Checkpoint
 from hyimg.model.vae import VAE
 from hyimg.plugins import Plugins, load_plugins
 from hyimg.report import Reporter
-
-FINGERPRINTS = "fingerprints"
-"""The key in an image's settings under which its model files stand, by option."""
 
 
 @dataclass(frozen=True)

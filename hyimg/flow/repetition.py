@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hyimg.config.picture import lora_records, read_settings
+from hyimg.config.picture import FINGERPRINTS, lora_records, read_settings
 from hyimg.errors import HyimgError
-from hyimg.flow.plan import FINGERPRINTS, RenderPlan
+from hyimg.flow.plan import RenderPlan
 from hyimg.report import Reporter
 
 
@@ -18,9 +18,9 @@ def check_repetition(path: Path, plan: RenderPlan, report: Reporter) -> None:
     """
     settings = read_settings(path)
     assert settings is not None, "the config was made of them"
-    before, now = settings.get(FINGERPRINTS), plan.facts[FINGERPRINTS]
+    before, now = settings[FINGERPRINTS], plan.facts[FINGERPRINTS]
     assert isinstance(now, dict)
-    others = [f"`--{name}`" for name in now if isinstance(before, dict) and before.get(name) != now[name]]
+    others = [f"`--{name}`" for name in now if before.get(name) != now[name]]
     records = lora_records(settings, path)
     for lora, record in zip(plan.loras, records, strict=False):
         name = Path(str(record["file"])).name
