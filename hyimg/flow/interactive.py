@@ -19,7 +19,7 @@ from hyimg.flow.prompts import parse_prompt_line
 from hyimg.flow.renderer import PromptStates, prompts_to_encode
 from hyimg.flow.result_files import LATENT, PNG, result_files
 from hyimg.memory.out_of_memory import Changes, explained, vae_changes
-from hyimg.report import Reporter
+from hyimg.report import OnceReporter, Reporter
 
 
 def prompt_lines() -> Iterator[str]:
@@ -34,6 +34,8 @@ def prompt_lines() -> Iterator[str]:
         try:
             line = input("prompt> " if is_terminal else "")
         except EOFError:
+            if is_terminal:
+                print()  # what follows begins on a line of its own
             return
         if not line.strip():
             return
@@ -50,7 +52,7 @@ class Session:
         self.config = config
         self.plan = plan
         self.encoders = encoders
-        self.report = report
+        self.report = OnceReporter(report)  # a size that the model was not made for is told once
         self.states: dict[str, PromptStates] = {}
         with explained(plan.changes_for_memory):
             self.renderer = plan.load_renderer(self.states, report, loras=plan.loras)
@@ -67,7 +69,7 @@ class Session:
                 self.states.update(encode_states(self.encoders, new, self.report))
         renderer = replace(self.renderer, samplers=self.plan.samplers([spec]))
         with (
-            explained(self.plan.changes_for_memory),
+            explained(replace(self.plan, specs=[spec]).changes_for_memory),
             self.report.task("render", spec.steps, unit="step") as task,
         ):
             latent_BCHW = renderer.render(spec, lambda step, x, denoised: task.advance())

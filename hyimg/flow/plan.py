@@ -183,8 +183,13 @@ def plan_renders(
     specs = plan.decide(prompts, report)
     loras = plan_loras(lora, arch)
     DiTOptions.of(memory).check(dit, device, compute_dtype(compute.mixed_precision))
-    if lora.lora_mode == "merge":
+    if loras and lora.lora_mode == "merge":
         refuse_merging_into_fp8(dit, "`--lora_mode merge`", "leave it out: a LoRA acts beside fp8 weights")
+        if memory.fp8_scaled:
+            report.warning(
+                "`--lora_mode merge` with `--fp8_scaled` rounds most of a LoRA away "
+                "(`hyimg check LORA --dit FILE --fp8` tells how much)"
+            )
     files = {"dit": dit, "vae": vae.vae, "text_encoder": encoders.text_encoder, "byt5": encoders.byt5}
     facts = {
         "lora_mode": lora.lora_mode,

@@ -15,9 +15,9 @@ from hyimg.report import size_text
 
 _SCALE_BYTES = 4
 
-# What a token of an image takes while a block runs, in its widths: the widest product of a single block with its
-# parts, and as much again for what kernels need. An estimate on the safe side, not a measurement.
-_TOKEN_WIDTHS = 2
+# What a token takes while a block runs, in times of the widest products of a single block (q, k, v and MLP, and what
+# they are made into). An estimate on the safe side, not a measurement.
+_TOKEN_WIDTHS = 3
 # Tokens of the longest prompt with its quoted texts
 _MAX_TEXT_TOKENS = 1024 + 34 + 128
 # Of a device's memory, what its driver, libraries and a desktop take

@@ -18,7 +18,7 @@ from hyimg.cache.index import Index
 from hyimg.config.commands import SampleConfig
 from hyimg.config.rendering import LoRAFiles
 from hyimg.data.plan import text_store_for_training
-from hyimg.data.sheet import MAX_TILE, contact_sheet
+from hyimg.data.sheet import MAX_TILE, can_write, contact_sheet
 from hyimg.errors import HyimgError
 from hyimg.flow.cells import LATENT_FOLDER, Cell, Column, cells_of, columns_of, with_kept_seeds
 from hyimg.flow.latents import Rendered, read_latent, write_latent
@@ -70,7 +70,8 @@ def sample(config: SampleConfig, report: Reporter) -> Path:
     if todo:
         _decode(config, todo, vae_arch, report)
     sheet_path = sheet.output_dir / SHEET_NAME
-    _write_sheet(cells, columns, sheet_path)
+    if not _write_sheet(cells, columns, sheet_path):
+        report.warning("no installed font has Chinese, Japanese and Korean glyphs: labels show boxes")
     report.note(f"saved {count_text(len(todo), 'image')} and {sheet_path}")
     return sheet_path
 
@@ -175,11 +176,14 @@ def _decode(config: SampleConfig, cells: Sequence[Cell], vae_arch: VAEArch, repo
         (cells[0].path.parent / LATENT_FOLDER).rmdir()
 
 
-def _write_sheet(cells: Sequence[Cell], columns: Sequence[Column], path: Path) -> None:
+def _write_sheet(cells: Sequence[Cell], columns: Sequence[Column], path: Path) -> bool:
+    """Writes the sheet; false where labels need glyphs that no installed font has."""
     rows = [cells[i : i + len(columns)] for i in range(0, len(cells), len(columns))]
     tiles = [[_tile(cell.path) for cell in row] for row in rows]
     labels = [_row_label(row[0].spec) for row in rows]
-    save_png(contact_sheet(tiles, labels, [column.label for column in columns]), path, None)
+    column_labels = [column.label for column in columns]
+    save_png(contact_sheet(tiles, labels, column_labels), path, None)
+    return all(can_write(label) for label in [*labels, *column_labels])
 
 
 def _tile(path: Path) -> Image.Image:
