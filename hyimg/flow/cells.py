@@ -14,7 +14,7 @@ from typing import Any
 
 from hyimg.config.picture import FINGERPRINTS, read_settings
 from hyimg.errors import HyimgError
-from hyimg.flow.latents import Rendered, read_latent
+from hyimg.flow.latents import read_latent
 from hyimg.flow.loras import LoRAUse
 from hyimg.flow.pictures import settings_text
 from hyimg.flow.plan import RenderPlan
@@ -62,15 +62,17 @@ class Cell:
             )
         return differing(settings, self.settings)
 
-    def waiting(self, vae: VAEArch) -> Rendered | None:
-        """The latent that an earlier run has left, where it is the one that is wanted."""
+    def latent_settings(self, vae: VAEArch) -> Mapping[str, Any] | None:
+        """The settings of the latent that an earlier run has left; None where there is none that can be used."""
         try:
-            rendered = read_latent(self.latent_path, vae) if self.latent_path.exists() else None
+            return read_latent(self.latent_path, vae).settings if self.latent_path.exists() else None
         except HyimgError:  # whatever is wrong with it: it is made anew
             return None
-        if rendered is None or rendered.settings is None or differing(rendered.settings, self.settings):
-            return None
-        return rendered
+
+    def is_rendered(self, vae: VAEArch) -> bool:
+        """Whether an earlier run has left the latent that is wanted."""
+        settings = self.latent_settings(vae)
+        return settings is not None and not differing(settings, self.settings)
 
 
 def columns_of(loras: Sequence[LoRAUse], *, with_base: bool) -> list[Column]:
@@ -120,7 +122,7 @@ def with_kept_seeds(
         number = cell.spec.index
         if prompts[number].seed is not None or plan.defaults.seed is not None:
             continue
-        settings = _recorded(cell, vae)
+        settings = read_settings(cell.path) if cell.path.exists() else cell.latent_settings(vae)
         if settings is not None and differing(settings, cell.settings) == ["seed"]:
             specs[number] = replace(specs[number], seed=int(settings["seed"]))
     return replace(plan, specs=specs)
@@ -132,16 +134,6 @@ def differing(recorded: Mapping[str, Any], wanted: Mapping[str, object]) -> list
     keys = [key for key in {**now, **recorded} if key != FINGERPRINTS and recorded.get(key) != now.get(key)]
     before, after = recorded.get(FINGERPRINTS, {}), now[FINGERPRINTS]
     return keys + [name for name in after if name in before and before[name] != after[name]]
-
-
-def _recorded(cell: Cell, vae: VAEArch) -> Mapping[str, Any] | None:
-    """The settings of a cell's picture, or of the latent that waits for it."""
-    if cell.path.exists():
-        return read_settings(cell.path)
-    try:
-        return read_latent(cell.latent_path, vae).settings if cell.latent_path.exists() else None
-    except HyimgError:
-        return None
 
 
 def _stem(spec: RenderSpec, column: Column) -> str:

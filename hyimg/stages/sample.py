@@ -60,8 +60,7 @@ def sample(config: SampleConfig, report: Reporter) -> Path:
     plan = with_kept_seeds(plan, prompts, columns, sheet.output_dir, vae_arch)
     cells = cells_of(plan, columns, sheet.output_dir)
     todo = _to_make(cells, report)
-    rendered = [cell for cell in todo if cell.waiting(vae_arch) is not None]
-    to_render = [cell for cell in todo if cell not in rendered]
+    to_render = [cell for cell in todo if not cell.is_rendered(vae_arch)]
     if to_render:
         states = _states(config, prompts_to_encode([cell.spec for cell in to_render]), report)
         with explained(plan.changes_for_memory):

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hyimg.config.picture import read_settings
+from hyimg.encoders import qwen
 from hyimg.flow import interactive, plan
 from hyimg.lora.formats import lora_name
 from hyimg.memory.dit import DiTOptions
@@ -217,17 +218,23 @@ def test_a_picture_is_repeated_bit_by_bit_from_its_settings(hyimg, infer, traine
     repeated, said = infer("--from_image", first, "--lora_weight", lora, size=[])
     assert first.read_bytes() == repeated.read_bytes()
     assert "not be the same" not in said
+    streamed, _ = infer("--from_image", first, "--lora_weight", lora, "--blocks_to_swap", "1", size=[])
+    assert first.read_bytes() == streamed.read_bytes(), "where weights are kept is no setting"
     # what is given wins, and nothing else changes
     other, _ = infer("--from_image", first, "--lora_weight", lora, "--seed", "6", "--no_fp8_vl", size=[])
     before, after = read_settings(first), read_settings(other)
     assert {key for key in before if before[key] != after[key]} == {"seed", "fp8_vl"}
 
 
-def test_a_picture_of_a_batch_is_repeated_alone(infer, tmp_path):
+def test_a_picture_of_a_batch_is_repeated_alone(infer, tmp_path, monkeypatch):
+    sizes = []
+    layer = qwen.decoder_layer
+    monkeypatch.setattr(qwen, "decoder_layer", lambda x, *a, **k: sizes.append(len(x)) or layer(x, *a, **k))
     prompts = tmp_path / "prompts.txt"
-    # of equal length, which encoders like to batch
+    # of equal length, which encoders like to batch; kernels round by a batch's shape, if not on this machine
     prompts.write_text("a cat\na dog\na sun\n", encoding="utf-8")
     path, _ = infer("--from_file", prompts)
+    assert set(sizes) == {1}
     third = path.with_name("0-0003.png")
     alone, _ = infer("--from_image", third, size=[])
     assert read_settings(third)["prompt"] == "a sun"

@@ -36,7 +36,7 @@ def test_files_are_ordered_by_the_steps_that_they_tell(tmp_path: Path) -> None:
 
 
 def test_files_that_tell_nothing_are_ordered_by_name(tmp_path: Path) -> None:
-    write(tmp_path, "a-1", "a-1-000010", "a-1-000002", "a-1-step00000500", steps={"a-1": 7})
+    write(tmp_path, "a-1", "a-1-000010", "a-1-000002", "a-1-step00000500", steps={"a-1-000002": 9})
     assert names_in(tmp_path) == ["a-1-step00000500", "a-1-000002", "a-1-000010", "a-1"]
 
 
