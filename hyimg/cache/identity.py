@@ -81,9 +81,8 @@ def fingerprint(path: Path | str) -> str:
     path = Path(path)
     try:
         if path.is_dir():
-            return hash_bytes("".join(f"{p.name}\0{fingerprint(p)}\n" for p in _model_files(path)).encode())[
-                :16
-            ]
+            listing = "".join(f"{p.name}\0{_sampled_hash(p)}\n" for p in _model_files(path))
+            return hash_bytes(listing.encode())[:16]
         return _sampled_hash(path)[:16]
     except OSError as error:
         raise HyimgError(f"cannot read `{path}`: {error.strerror or error}") from error

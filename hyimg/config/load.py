@@ -1,8 +1,8 @@
 """From flags and a TOML run file to a command's frozen config.
 
 Flags win over the file, the file over the defaults; the settings of a picture (`infer --from_image`) stand between
-flags and file. Everything wrong is found in one pass and raised as one
-error, so that a user mends a command line once.
+flags and file. Everything wrong is found in one pass and raised as one error, so that a user mends a command line
+once.
 """
 
 from __future__ import annotations
@@ -187,10 +187,18 @@ def _collect_from_picture(
     values: dict[str, tuple[Any, str]],
     problems: list[str],
 ) -> None:
-    """The settings of the picture that the command line, or the run file, names."""
+    """The settings of the picture that the command line, or the run file, names.
+
+    What the picture was made without takes the run file's value away.
+    """
     path = given.get("from_image") or values.get("from_image", (None, ""))[0]
-    if path is not None and "from_image" in by_name:
-        _collect(picture_options(Path(path), given), by_name, f" in `{path}`", values, problems)
+    if path is None or "from_image" not in by_name:
+        return
+    options = picture_options(Path(path), given)
+    for name in options:
+        values.pop(name, None)
+    made_with = {name: value for name, value in options.items() if value != []}
+    _collect(made_with, by_name, f" in `{path}`", values, problems)
 
 
 def _all_problems(problems: list[str]) -> HyimgError:

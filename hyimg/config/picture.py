@@ -64,8 +64,9 @@ def parse_settings(text: object, path: Path) -> dict[str, Any] | None:
 def picture_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a picture was made with, LoRA files included; `given` are the command's own.
 
-    Where the command names LoRA files, as many as the picture was made with, those act as the picture's did.
-    Raises HyimgError for a picture without settings, and for one whose LoRA files are not found.
+    None or an empty list is an option that the picture was made without. Where the command names LoRA files, as many as
+    the picture was made with, those act as the picture's did. Raises HyimgError for a picture without settings, and for
+    one whose LoRA files are not found.
     """
     settings = read_settings(path)
     # samples of a training have no fingerprints: their adapters were no files yet
@@ -74,16 +75,15 @@ def picture_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
             f"`{path}` does not say how it was made",
             hint="take a picture of `hyimg infer` or `hyimg sample`, made without `--no_metadata`",
         )
-    options = {name: settings[name] for name in _OPTIONS if settings.get(name) not in (None, [])}
+    options = {name: settings[name] for name in _OPTIONS if name in settings}
     if "width" in settings and "height" in settings:
         options["image_size"] = [settings["height"], settings["width"]]
     records = lora_records(settings, path)
     named = given.get("lora_weight")
     if named is None:
         options["lora_weight"] = [find_lora(record, path) for record in records]
-    if named is None or len(_listed(named)) == len(records):
-        options |= _per_lora(records)
-    return {name: value for name, value in options.items() if value != []}
+    acts_alike = named is None or len(_listed(named)) == len(records)
+    return options | _per_lora(records if acts_alike else [])
 
 
 def lora_records(settings: Mapping[str, Any], path: Path) -> list[Mapping[str, Any]]:
@@ -108,11 +108,11 @@ def find_lora(record: Mapping[str, Any], path: Path) -> Path:
 
 
 def _per_lora(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The options with a value for each LoRA file; empty where none of the files has one."""
     options = {}
     for option, key in _PER_LORA.items():
         values = [record.get(key, 1.0 if key == "multiplier" else "") for record in records]
-        if any(value != "" for value in values):
-            options[option] = values
+        options[option] = values if any(value != "" for value in values) else []
     return options
 
 

@@ -123,8 +123,10 @@ def with_kept_seeds(
         if prompts[number].seed is not None or plan.defaults.seed is not None:
             continue
         settings = read_settings(cell.path) if cell.path.exists() else cell.latent_settings(vae)
-        if settings is not None and differing(settings, cell.settings) == ["seed"]:
-            specs[number] = replace(specs[number], seed=int(settings["seed"]))
+        if settings is None or differing(settings, cell.settings) != ["seed"]:
+            continue
+        if isinstance(settings["seed"], int):
+            specs[number] = replace(specs[number], seed=settings["seed"])
     return replace(plan, specs=specs)
 
 

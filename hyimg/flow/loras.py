@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hyimg.cache.identity import file_identity
@@ -72,14 +72,14 @@ def plan_loras(options: LoRAFiles, arch: DiTArch) -> list[LoRAUse]:
     includes = _patterns(paths, options.include_patterns, "--include_patterns")
     excludes = _patterns(paths, options.exclude_patterns, "--exclude_patterns")
     check_loras(paths, arch)
-    uses = []
-    for path, multiplier, include, exclude in zip(paths, multipliers, includes, excludes, strict=True):
-        use = LoRAUse(path, multiplier, "", include, exclude)
-        if include or exclude:
-            _require_some(use)
-        uses.append(use)
-    known = {path: file_identity(path) for path in dict.fromkeys(paths)}
-    return [LoRAUse(use.path, use.multiplier, known[use.path], use.include, use.exclude) for use in uses]
+    uses = [
+        LoRAUse(path, multiplier, "", include, exclude)
+        for path, multiplier, include, exclude in zip(paths, multipliers, includes, excludes, strict=True)
+    ]
+    for use in uses:
+        _require_some(use)
+    hashes = {path: file_identity(path) for path in dict.fromkeys(paths)}
+    return [replace(use, sha256=hashes[use.path]) for use in uses]
 
 
 def merging(placement: Placement, loras: Sequence[LoRAUse], arch: DiTArch, report: Reporter) -> Placement:
@@ -109,7 +109,9 @@ def _patterns(paths: Sequence[Path], patterns: Sequence[str], option: str) -> Se
 
 
 def _require_some(use: LoRAUse) -> None:
-    """Raises HyimgError where the patterns leave nothing of a file."""
+    """Raises HyimgError where patterns leave nothing of a file."""
+    if not (use.include or use.exclude):
+        return
     modules = [module.name for module in LoRAContents.open(use.path).modules]
     if not any(use.takes(module) for module in modules):
         said = [f"`--include_patterns` `{use.include}`"] * bool(use.include)

@@ -38,18 +38,14 @@ def png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_settings_stand_between_flags_and_run_file(png: Path, tmp_path: Path) -> None:
     run_file = tmp_path / "run.toml"
-    run_file.write_text('seed = 1\ninfer_steps = 7\nflow_shift = 2\ndit = "d"\n')
+    run_file.write_text('seed = 1\ninfer_steps = 7\nvae_tile_size = 512\nlora_weight = "x"\ndit = "d"\n')
     config = make(InferConfig, {"from_image": str(png), "infer_steps": "9"}, run_file=run_file)
     assert config.prompt.prompt == "a cat"
     assert config.sampling.image_size == (64, 96)
-    assert (config.sampling.seed, config.sampling.infer_steps, config.sampling.flow_shift) == (
-        2**64 - 1,
-        9,
-        2,
-    )
+    assert (config.sampling.seed, config.sampling.infer_steps, config.dit.dit) == (2**64 - 1, 9, Path("d"))
     assert config.sampling.sampler_args == ("a=1",)
     assert config.memory.fp8_scaled
-    assert config.vae.vae_tile_size is None
+    assert config.vae.vae_tile_size is None, "the run file's is not the picture's"
     assert config.lora.lora_weight == tuple(tmp_path / name for name in FILES)
     assert config.lora.lora_multiplier == (0.5, 1.0)
     assert config.lora.exclude_patterns == ("txt", "")
@@ -58,6 +54,17 @@ def test_settings_stand_between_flags_and_run_file(png: Path, tmp_path: Path) ->
     config = make(InferConfig, {"fp8_scaled": False}, run_file=run_file)
     assert config.sampling.seed == 2**64 - 1
     assert not config.memory.fp8_scaled
+
+
+def test_a_picture_without_loras_takes_none_from_the_run_file(
+    png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picture, "read_settings", lambda path: SETTINGS | {"loras": [], "sampler_args": []})
+    run_file = tmp_path / "run.toml"
+    run_file.write_text('lora_weight = "x"\nlora_multiplier = 0.5\nsampler_args = "b=1"\n')
+    config = make(InferConfig, {"from_image": str(png)}, run_file=run_file)
+    assert (config.lora.lora_weight, config.lora.lora_multiplier) == ((), ())
+    assert config.sampling.sampler_args == ()
 
 
 def test_loras_that_are_named_act_as_the_pictures_did(png: Path) -> None:
