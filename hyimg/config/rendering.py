@@ -27,8 +27,8 @@ class LoRAFiles:
     lora_mode: str = option(
         "live",
         choices=("live", "merge"),
-        help="live: beside the weights, in full precision, for some per cent of a step; merge: added into the weights "
-        "while they load, at no cost per step, and rounded with them",
+        help="live: beside the weights, at full precision; merge: added to the weights while they load, and rounded "
+        "with them, so that a step computes nothing more",
     )
     save_merged_model: Path | None = option(
         None,

@@ -108,7 +108,7 @@ class DiTOptions:
     def has_room_for_two(
         self, path: Path, device: torch.device, dtype: torch.dtype, width: int, height: int
     ) -> bool:
-        """Whether two images of so many pixels can be computed at a time; on a GPU only, where it saves time."""
+        """Whether two images of so many pixels can be computed at a time: on a GPU, whose memory is known."""
         if device.type != "cuda":
             return False
         contents = read_dit(Checkpoint.open(path))

@@ -169,4 +169,4 @@ def test_two_images_at_a_time_are_for_gpus_with_room(path, monkeypatch):
 
     assert has_room("cuda", 1)
     assert not has_room("cuda", 0.01)
-    assert not has_room("cpu", 1), "where it saves no time"
+    assert not has_room("cpu", 1), "whose memory others use too"

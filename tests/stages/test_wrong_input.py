@@ -156,6 +156,10 @@ def test_an_output_folder_that_cannot_be_written(refused, tmp_path, cached_datas
     refused(*train, words=["cannot write", place])
     infer = ["infer", "--dit", "{dit}", "--vae", "{vae}", *RENDER, "--save_path", place / "a.png"]
     refused(*infer, words=["cannot write", place])
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    sample = ["sample", "--dit", "{dit}", "--vae", "{vae}", *RENDER[:4], "--prompts", prompts]
+    refused(*sample, "--output_dir", place / "out", words=["cannot write", place])
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
