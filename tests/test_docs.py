@@ -38,10 +38,10 @@ def test_commands_in_the_docs_parse(page, monkeypatch, capsys):
 
     # what comes after parsing: the files that the docs name are not here
     monkeypatch.setattr(load, "check_inputs", parsed)
-    monkeypatch.setattr(
-        load, "read_run_file", lambda path: dict.fromkeys(("dit", "dataset_config", "output_dir"), "x")
-    )
+    monkeypatch.setattr(load, "picture_options", lambda path, given: {"prompt": "x"})
     for command in commands(page):
+        keys = ("dit", "dataset_config", "output_dir") if command[0] == "train" else ("dit", "vae")
+        monkeypatch.setattr(load, "read_run_file", lambda path, keys=keys: dict.fromkeys(keys, "x"))
         if command[0] in (
             "dataset",
             "cache-latents",

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 from hyimg.errors import HyimgError
 
 _CHUNK_BYTES = 1 << 22
+_NUM_SAMPLES, _SAMPLE_BYTES = 256, 1 << 14
 _MODEL_SUFFIXES = (".safetensors", ".json")
 
 
@@ -71,13 +72,45 @@ def file_identity(
         raise HyimgError(f"cannot read `{path}`: {error.strerror or error}") from error
 
 
+def fingerprint(path: Path | str) -> str:
+    """A short name for a model file's or folder's content, from its size and samples of its bytes; 16 hex digits.
+
+    It takes milliseconds where `file_identity` takes a minute, and tells one checkpoint from another; it is no proof
+    that two are equal. Raises as `file_identity`.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            listing = "".join(f"{p.name}\0{_sampled_hash(p)}\n" for p in _model_files(path))
+            return hash_bytes(listing.encode())[:16]
+        return _sampled_hash(path)[:16]
+    except OSError as error:
+        raise HyimgError(f"cannot read `{path}`: {error.strerror or error}") from error
+
+
+def _sampled_hash(path: Path) -> str:
+    """sha256 of the size and of evenly spread samples, the first of which holds the header's beginning."""
+    size = os.stat(path).st_size
+    digest = hashlib.sha256(f"{size}".encode())
+    with open(path, "rb", buffering=0) as file:
+        for number in range(_NUM_SAMPLES):
+            file.seek(size * number // _NUM_SAMPLES)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
 def _folder_identity(folder: Path, memo: Memo | None, progress: Callable[[int], None] | None) -> str:
+    paths = _model_files(folder)
+    listing = "".join(f"{p.name}\0{_remembered_hash(p, memo, progress)}\n" for p in paths)
+    return hash_bytes(listing.encode())
+
+
+def _model_files(folder: Path) -> list[Path]:
     # the top level only: a model folder's subfolders hold caches and alternatives, which are not read
     paths = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_SUFFIXES and p.is_file())
     if not paths:
         raise HyimgError(f"the folder `{folder}` holds no `.safetensors` or `.json` file")
-    listing = "".join(f"{p.name}\0{_remembered_hash(p, memo, progress)}\n" for p in paths)
-    return hash_bytes(listing.encode())
+    return paths
 
 
 def _remembered_hash(path: Path, memo: Memo | None, progress: Callable[[int], None] | None) -> str:

@@ -109,8 +109,6 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InferConfig:
-    REQUIRED: ClassVar[tuple[str, ...]] = ("vae", "save_path")
-
     dit: DiTFile = field(default_factory=DiTFile)
     encoders: TextEncoderFiles = field(default_factory=TextEncoderFiles)
     vae: VAEFile = field(default_factory=VAEFile)

@@ -1,7 +1,8 @@
 """From flags and a TOML run file to a command's frozen config.
 
-Flags win over the file, the file over the defaults. Everything wrong is found in one pass and raised as one
-error, so that a user mends a command line once.
+Flags win over the file, the file over the defaults; the settings of a picture (`infer --from_image`) stand between
+flags and file. Everything wrong is found in one pass and raised as one error, so that a user mends a command line
+once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tomli
 
 from hyimg.config import legacy
 from hyimg.config.option import Option, all_options, groups_of, options_of
+from hyimg.config.picture import picture_options
 from hyimg.config.values import checked
 from hyimg.errors import HyimgError, did_you_mean
 
@@ -83,6 +85,7 @@ def make(
         nested = [key for key in _RUN_FILE_KEYS if from_file.pop(key, None) is not None]
         problems += [f"`{key}` in `{run_file}`: a run file cannot name another one" for key in nested]
         _collect(from_file, by_name, f" in `{run_file}`", values, problems)
+    _collect_from_picture(given, by_name, values, problems)
     _collect(given, by_name, "", values, problems)
 
     if notes is not None:
@@ -191,6 +194,26 @@ def _collect(
             problems.append(f"unknown key `{key}`{place}" + (f"; {hint}" if hint else ""))
         else:
             values[opt.name] = (raw, place)
+
+
+def _collect_from_picture(
+    given: Mapping[str, Any],
+    by_name: Mapping[str, Option],
+    values: dict[str, tuple[Any, str]],
+    problems: list[str],
+) -> None:
+    """The settings of the picture that the command line, or the run file, names.
+
+    What the picture was made without takes the run file's value away.
+    """
+    path = given.get("from_image") or values.get("from_image", (None, ""))[0]
+    if path is None or "from_image" not in by_name:
+        return
+    options = picture_options(Path(path), given)
+    for name in options:
+        values.pop(name, None)
+    made_with = {name: value for name, value in options.items() if value != []}
+    _collect(made_with, by_name, f" in `{path}`", values, problems)
 
 
 def _all_problems(problems: list[str]) -> HyimgError:

@@ -52,7 +52,10 @@ class TextEncoderFiles:
         "layers that are on the device at a time, for states that differ by some percent (and a cache of its own)",
     )
     text_encoder_batch_size: int = option(
-        8, minimum=1, help="captions of equal length that are encoded together"
+        8,
+        minimum=1,
+        help="captions of equal length that are encoded together (prompts that are rendered: one by one, so that no "
+        "picture depends on its company)",
     )
 
 

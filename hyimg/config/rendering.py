@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hyimg.config.option import MAX_SEED, option
 
-_RENDERING = "leave it out for now"
+_LYCORIS = "leave it out for now"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +18,24 @@ class LoRAFiles:
         (), is_input=True, help="LoRA files, in any format that hyimg reads"
     )
     lora_multiplier: tuple[float, ...] = option((), help="a multiplier each (not given: 1)")
-    include_patterns: tuple[str, ...] = option((), help="modules to apply", later=_RENDERING)
-    exclude_patterns: tuple[str, ...] = option((), help="modules to leave out", later=_RENDERING)
-    save_merged_model: Path | None = option(None, help="save the DiT with the LoRAs merged", later=_RENDERING)
-    lycoris: bool = option(False, help="the LoRA files are LyCORIS files", later=_RENDERING)
+    include_patterns: tuple[str, ...] = option(
+        (), help='a regular expression each: only modules that match are applied (`""`: all)'
+    )
+    exclude_patterns: tuple[str, ...] = option(
+        (), help='a regular expression each: modules that match are left out (`""`: none)'
+    )
+    lora_mode: str = option(
+        "live",
+        choices=("live", "merge"),
+        help="live: beside the weights, at full precision; merge: added to the weights while they load, and rounded "
+        "with them, so that a step computes nothing more",
+    )
+    save_merged_model: Path | None = option(
+        None,
+        help="save the DiT with the LoRAs merged, in the names and types of its file; without a prompt nothing is "
+        "rendered",
+    )
+    lycoris: bool = option(False, help="the LoRA files are LyCORIS files", later=_LYCORIS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +49,14 @@ class Prompt:
         is_input=True,
         help="prompt file: text lines with --w --h --d --s --l --g --n --fs, TOML or JSON",
     )
-    interactive: bool = option(False, help="ask for prompts one after another", later=_RENDERING)
+    interactive: bool = option(
+        False, help="ask for prompt lines one after another, the DiT and the VAE staying loaded"
+    )
+    from_image: Path | None = option(
+        None,
+        is_input=True,
+        help="picture of `infer` or `sample` whose settings are taken; flags that are given win",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +82,12 @@ class Sampling:
         0.0, minimum=0, maximum=1, help="rescale of the guidance before APG starts"
     )
     guidance_rescale_apg: float = option(0.0, minimum=0, maximum=1, help="rescale of the guidance under APG")
+    batch_cond_uncond: str = option(
+        "auto",
+        choices=("auto", "on", "off"),
+        help="one model call a step with and without the prompt, in place of two: more memory, equal but for rounding "
+        "(auto: on a GPU where the weights leave room)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +116,10 @@ class SheetOptions:
         None, is_input=True, aliases=("prompts",), help="prompt file: txt, toml or json"
     )
     lora_weight: tuple[Path, ...] = option(
-        (), is_input=True, help="LoRA files: a column each, beside the base model"
+        (), is_input=True, help="LoRA files: a column each, beside the base model; a folder is a run's"
+    )
+    run: tuple[Path, ...] = option(
+        (), is_input=True, help="run folder of `train`: each of its checkpoints, in the order of training"
     )
     lora_multiplier: tuple[float, ...] = option((), help="a multiplier each, or one for all (not given: 1)")
     no_base: bool = option(False, help="leave out the column of the base model")

@@ -13,7 +13,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _LABEL_SIZE = 16
 _PADDING = 8
 _LINE = _LABEL_SIZE + _PADDING
-_MAX_TILE = 512
+MAX_TILE = 512
 # Fonts with Chinese, Japanese and Korean glyphs, as Linux, Windows and macOS name their files
 _CJK_FONTS = (
     *("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "NotoSansSC-Regular.otf"),
@@ -39,7 +39,7 @@ def contact_sheet(
 
     Images are scaled down to 512 pixels on their longer side.
     """
-    tiles = [[_scaled(image, _MAX_TILE) for image in row] for row in rows]
+    tiles = [[_scaled(image, MAX_TILE) for image in row] for row in rows]
     widths = [max(row[i].width for row in tiles) for i in range(len(column_labels))]
     heights = [max(tile.height for tile in row) for row in tiles]
     width = sum(widths) + _PADDING * (len(widths) + 1)

@@ -12,11 +12,14 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from hyimg.cache.atomic import atomic_path
+from hyimg.config.picture import METADATA_KEY
 from hyimg.errors import RunError
 from hyimg.model.vae import VAE
 
-METADATA_KEY = "hyimg"
-"""The PNG text chunk that holds the settings as JSON."""
+
+def settings_text(settings: Mapping[str, object]) -> str:
+    """Settings as pictures and latent files hold them: JSON."""
+    return json.dumps(settings, ensure_ascii=False, default=str)
 
 
 @torch.no_grad()
@@ -40,13 +43,6 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, object] | No
     """Writes a PNG, whole or not at all, with its settings in the text chunk `hyimg` (None: without)."""
     info = PngImagePlugin.PngInfo()
     if settings is not None:
-        info.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False, default=str))
+        info.add_itxt(METADATA_KEY, settings_text(settings))
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
-
-
-def read_settings(path: Path) -> dict[str, object] | None:
-    """The settings that `save_png` wrote, or None."""
-    with Image.open(path) as image:
-        text = image.info.get(METADATA_KEY)
-    return json.loads(text) if isinstance(text, str) else None

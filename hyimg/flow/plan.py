@@ -9,77 +9,119 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hyimg.cache.identity import Memo, file_identity
+from hyimg.cache.identity import Memo, fingerprint
 from hyimg.config.models import Compute, Memory, TextEncoderFiles, VAEFile
-from hyimg.config.rendering import Sampling
+from hyimg.config.picture import FINGERPRINTS
+from hyimg.config.rendering import LoRAFiles, Sampling
 from hyimg.encoders.glyph import glyph_prompt
 from hyimg.encoders.progress import encode_prompts
 from hyimg.encoders.text import TextEncoders
 from hyimg.errors import HyimgError
-from hyimg.flow.prompts import PromptSpec, RenderSpec
+from hyimg.flow.loras import LoRAUse, merging, plan_loras
+from hyimg.flow.prompts import PromptSpec, RenderDefaults, RenderSpec
 from hyimg.flow.renderer import (
     PromptStates,
     Renderer,
-    check_loras,
     decide,
-    lora_multipliers,
     render_defaults,
     resolve_samplers,
     settings_of,
 )
+from hyimg.lora.merged_file import refuse_merging_into_fp8
 from hyimg.memory.device import compute_dtype, resolve_device, vae_dtype
 from hyimg.memory.dit import DiTOptions
-from hyimg.memory.out_of_memory import Place, rendering_changes
+from hyimg.memory.out_of_memory import Changes, Place, rendering_changes, text_encoder_changes
 from hyimg.memory.swap_plan import max_blocks_to_swap
-from hyimg.model.architecture import NATIVE_SIZES
+from hyimg.model.architecture import NATIVE_SIZES, DiTArch
 from hyimg.model.header_check import read_dit
 from hyimg.model.loading import check_dit, load_vae
 from hyimg.model.safetensors_file import Checkpoint
 from hyimg.model.vae import VAE
-from hyimg.plugins import load_plugins
+from hyimg.plugins import Plugins, load_plugins
 from hyimg.report import Reporter
 
 
 @dataclass(frozen=True)
-class LoRAUse:
-    """A LoRA file with the multiplier that it acts by, and the hash of its content."""
-
-    path: Path
-    multiplier: float
-    sha256: str
-
-    @property
-    def record(self) -> dict[str, object]:
-        """As an image's settings tell it."""
-        return {"file": self.path.name, "sha256": self.sha256, "multiplier": self.multiplier}
-
-
-@dataclass(frozen=True)
 class RenderPlan:
-    """What to render, decided and checked; `loras` in the order of the command line."""
+    """What to render, decided and checked; `loras` in the order of the command line.
+
+    `facts` are the settings that all images have in common, as their files tell them.
+    """
 
     dit: Path
+    arch: DiTArch
     specs: list[RenderSpec]
     loras: list[LoRAUse]
-    samplers: Mapping[str, Callable[..., Tensor]]
+    defaults: RenderDefaults
+    plugins: Plugins
     sampling: Sampling
     memory: Memory
     compute: Compute
     device: torch.device
+    lora_mode: str
+    facts: Mapping[str, object]
 
-    def load_renderer(self, states: Mapping[str, PromptStates], report: Reporter) -> Renderer:
-        """The renderer with the DiT read to where the memory options want it; no LoRA is attached."""
+    def decide(self, prompts: Sequence[PromptSpec], report: Reporter) -> list[RenderSpec]:
+        """Completes prompts as the plan's own are; warns of sizes that the model was not made for.
+
+        Raises HyimgError for a sampler that is unknown or cannot render with the model.
+        """
+        specs = decide(prompts, self.defaults, self.plugins)
+        self.samplers(specs)
+        warn_of_sizes(specs, report)
+        return specs
+
+    def samplers(self, specs: Sequence[RenderSpec]) -> dict[str, Callable[..., Tensor]]:
+        """The samplers that images name."""
+        names = [spec.sampler for spec in specs]
+        return resolve_samplers(self.plugins, names, self.sampling.sampler_args, self.arch)
+
+    def load_renderer(
+        self, states: Mapping[str, PromptStates], report: Reporter, *, loras: Sequence[LoRAUse] = ()
+    ) -> Renderer:
+        """The renderer with the DiT read to where the memory options want it.
+
+        `loras` are merged into the weights while these are read, or act beside them, as `--lora_mode` has it.
+        """
+        merged = loras if self.lora_mode == "merge" else ()
         options, dtype = DiTOptions.of(self.memory), compute_dtype(self.compute.mixed_precision)
         report.note(options.describe(self.dit, self.device, dtype))
-        mmap = not self.compute.disable_mmap_load_safetensors
-        dit = options.load(self.dit, self.device, dtype, report, mmap=mmap)
+        dit = options.load(
+            self.dit,
+            self.device,
+            dtype,
+            report,
+            mmap=not self.compute.disable_mmap_load_safetensors,
+            around=lambda placement: merging(placement, merged, self.arch, report),
+        )
+        for lora in loras if not merged else ():
+            lora.attach(dit, report)
         return Renderer(
-            dit, self.sampling, self.samplers, states, lambda prompt: glyph_prompt(prompt) is not None
+            dit,
+            self.sampling,
+            self.samplers(self.specs),
+            states,
+            lambda prompt: glyph_prompt(prompt) is not None,
+            self.joins,
+        )
+
+    def joins(self, spec: RenderSpec) -> bool:
+        """Whether an image's model calls with and without the prompt are one.
+
+        Decided from the card and the sizes, not from what is free at the moment, so that an image repeats.
+        """
+        if self.arch.guidance_embed or spec.guidance_scale == 1:
+            return False
+        if self.sampling.batch_cond_uncond != "auto":
+            return self.sampling.batch_cond_uncond == "on"
+        return DiTOptions.of(self.memory).has_room_for_two(
+            self.dit, self.device, compute_dtype(self.compute.mixed_precision), spec.width, spec.height
         )
 
     def changes_for_memory(self, place: Place) -> list[str]:
@@ -91,23 +133,26 @@ class RenderPlan:
             most_blocks=max_blocks_to_swap(contents.arch),
             is_fp8_file=contents.quantization is not None,
             on_cpu=self.device.type == "cpu",
+            joined=any(self.joins(spec) for spec in self.specs),
         )
 
     def settings(self, spec: RenderSpec, loras: Sequence[LoRAUse]) -> dict[str, object]:
         """Everything that an image of `spec` is made with, where `loras` act."""
         records = [lora.record for lora in loras]
-        return settings_of(spec, self.sampling, self.compute.mixed_precision, self.dit, records)
+        settings = settings_of(spec, self.sampling, self.compute.mixed_precision, self.dit, records)
+        return {**settings, "batch_cond_uncond": "on" if self.joins(spec) else "off", **self.facts}
 
 
 def plan_renders(
     prompts: Sequence[PromptSpec],
     *,
     dit: Path,
+    encoders: TextEncoderFiles,
+    vae: VAEFile,
     sampling: Sampling,
     memory: Memory,
     compute: Compute,
-    lora_weight: Sequence[Path],
-    lora_multiplier: Sequence[float],
+    lora: LoRAFiles,
     plugins: Sequence[str],
     report: Reporter,
     negative_prompt: str | None = None,
@@ -117,20 +162,46 @@ def plan_renders(
     Raises HyimgError for the first thing that is wrong.
     """
     arch = check_dit(dit)
-    loaded = load_plugins(plugins)
     defaults = render_defaults(sampling, arch)
     if negative_prompt is not None:
         defaults = replace(defaults, negative_prompt=negative_prompt)
-    specs = decide(prompts, defaults, loaded)
-    samplers = resolve_samplers(loaded, [spec.sampler for spec in specs], sampling.sampler_args, arch)
-    multipliers = lora_multipliers(lora_weight, lora_multiplier)
-    check_loras(lora_weight, arch)
     device = resolve_device(compute.device)
+    plan = RenderPlan(
+        dit=dit,
+        arch=arch,
+        specs=[],
+        loras=[],
+        defaults=defaults,
+        plugins=load_plugins(plugins),
+        sampling=sampling,
+        memory=memory,
+        compute=compute,
+        device=device,
+        lora_mode=lora.lora_mode,
+        facts={},
+    )
+    specs = plan.decide(prompts, report)
+    loras = plan_loras(lora, arch)
     DiTOptions.of(memory).check(dit, device, compute_dtype(compute.mixed_precision))
-    warn_of_sizes(specs, report)
-    hashes = {path: file_identity(path) for path in dict.fromkeys(lora_weight)}
-    loras = [LoRAUse(path, m, hashes[path]) for path, m in zip(lora_weight, multipliers, strict=True)]
-    return RenderPlan(dit, specs, loras, samplers, sampling, memory, compute, device)
+    if loras and lora.lora_mode == "merge":
+        refuse_merging_into_fp8(dit, "`--lora_mode merge`", "leave it out: a LoRA acts beside fp8 weights")
+        if memory.fp8_scaled:
+            report.warning(
+                "`--lora_mode merge` with `--fp8_scaled` rounds most of a LoRA away "
+                "(`hyimg check LORA --dit FILE --fp8` tells how much)"
+            )
+    files = {"dit": dit, "vae": vae.vae, "text_encoder": encoders.text_encoder, "byt5": encoders.byt5}
+    facts = {
+        "lora_mode": lora.lora_mode,
+        "attn_mode": memory.attn_mode,
+        "fp8_scaled": memory.fp8_scaled,
+        "torch_compile": memory.torch_compile,
+        "fp8_vl": encoders.fp8_vl,
+        "vae_chunk_size": vae.vae_chunk_size,
+        "vae_tile_size": vae.vae_tile_size,
+        FINGERPRINTS: {name: fingerprint(path) for name, path in files.items() if path is not None},
+    }
+    return replace(plan, specs=specs, loras=loras, facts=facts)
 
 
 def warn_of_sizes(specs: Sequence[RenderSpec], report: Reporter) -> None:
@@ -144,7 +215,11 @@ def warn_of_sizes(specs: Sequence[RenderSpec], report: Reporter) -> None:
 
 
 def open_encoders(files: TextEncoderFiles, compute: Compute, memo: Memo | None = None) -> TextEncoders:
-    """Both text encoders, headers checked and no weight read; raises HyimgError where one is not named."""
+    """Both text encoders, headers checked and no weight read; raises HyimgError where one is not named.
+
+    They take one prompt at a time, whatever `text_encoder_batch_size` is: kernels round by a batch's shape, and an
+    image must not depend on the prompts beside its own.
+    """
     if files.text_encoder is None or files.byt5 is None:
         missing = "text_encoder" if files.text_encoder is None else "byt5"
         raise HyimgError(
@@ -156,10 +231,15 @@ def open_encoders(files: TextEncoderFiles, compute: Compute, memo: Memo | None =
         files.tokenizer,
         device=torch.device("cpu") if files.text_encoder_cpu else resolve_device(compute.device),
         fp8=files.fp8_vl,
-        batch_size=files.text_encoder_batch_size,
+        batch_size=1,
         mmap=not compute.disable_mmap_load_safetensors,
         memo=memo,
     )
+
+
+def encoder_changes(files: TextEncoderFiles) -> Changes:
+    """What to change where memory runs out while `encode_states` encodes."""
+    return partial(text_encoder_changes, replace(files, text_encoder_batch_size=1))
 
 
 def encode_states(

@@ -86,6 +86,8 @@ class Renderer:
     samplers: Mapping[str, Callable[..., Tensor]]
     states: Mapping[str, PromptStates]
     has_quoted_text: Callable[[str], bool]
+    joins: Callable[[RenderSpec], bool] = lambda spec: False
+    """Whether the model is called once a step, with and without the prompt together."""
 
     def render(self, spec: RenderSpec, callback: Callback | None = None) -> Tensor:
         """One image's latent [1, C, height/32, width/32], scaled, float32, on the CPU."""
@@ -111,6 +113,7 @@ class Renderer:
             sampler=self.samplers[spec.sampler],
             sampler_name=spec.sampler,
             sampler_args=parse_arguments(self.options.sampler_args, "--sampler_args"),
+            batch_cond_uncond=self.joins(spec),
             callback=callback,
         )
         return latent_BCHW.cpu()
@@ -139,12 +142,15 @@ def lora_multipliers(paths: Sequence[Path], multipliers: Sequence[float]) -> lis
 
 
 @torch.no_grad()
-def attach_lora(dit: DiT, path: Path, multiplier: float, report: Reporter) -> LoRANetwork:
+def attach_lora(
+    dit: DiT, path: Path, multiplier: float, report: Reporter, network: LoRANetwork | None = None
+) -> LoRANetwork:
     """Lets a LoRA file act on a DiT beside its weights; `detach` on what is returned takes it off again.
 
-    Raises HyimgError for a file that does not fit, or whose weights are not finite.
+    `network` is what was read of the file already. Raises HyimgError for a file that does not fit, or whose weights
+    are not finite.
     """
-    network = LoRANetwork.from_file(path, dit)
+    network = network or LoRANetwork.from_file(path, dit)
     network.to(dit.device).requires_grad_(False)
     network.set_multiplier(multiplier)
     network.attach(dit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +96,13 @@ class LoRANetwork(nn.Module):
         for module, lora in zip(self.plan, self.children(), strict=True):
             assert isinstance(lora, Adapter)
             yield module, lora
+
+    def keep(self, wanted: Callable[[str], bool]) -> None:
+        """Drops the adapters whose module (`double_blocks.0.img_attn_qkv`) is not `wanted`; none is attached."""
+        for module in self.plan:
+            if not wanted(module.name):
+                delattr(self, module.lora_name)
+        self.plan = tuple(module for module in self.plan if wanted(module.name))
 
     def attach(self, dit: DiT) -> None:
         """Lets the adapters act on a DiT, after those that act already. Devices are the caller's business.

@@ -51,13 +51,16 @@ def parse_patterns(text: str, kind: Kind) -> list[Rule]:
                 hint=f"write for example `{OPTION[kind]}=img_attn_qkv={_EXAMPLE[kind][1]}`",
             )
         value = _number(number.strip(), pair, kind)
-        try:
-            rules.append((re.compile(pattern.strip()), value))
-        except re.error as error:
-            raise HyimgError(
-                f"`{pattern.strip()}` in `{OPTION[kind]}` is not a valid regular expression: {error}"
-            ) from error
+        rules.append((compile_pattern(pattern.strip(), OPTION[kind]), value))
     return rules
+
+
+def compile_pattern(pattern: str, option: str) -> re.Pattern[str]:
+    """A pattern compiled; raises HyimgError, naming the option, for one that is no valid expression."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise HyimgError(f"`{pattern}` in `{option}` is not a valid regular expression: {error}") from error
 
 
 def match(modules: Sequence[str], rules: Sequence[Rule]) -> Matches:
@@ -81,7 +84,7 @@ def unmatched(modules: Sequence[str], rules: Sequence[Rule], kind: Kind) -> list
     """One sentence for each pattern that matches no module, with the nearest names."""
     counts = match(modules, rules).counts
     return [
-        f"`{pattern.pattern}` in `{OPTION[kind]}` matches no module{_nearest_names(pattern.pattern, modules)}"
+        f"`{pattern.pattern}` in `{OPTION[kind]}` matches no module{nearest_names(pattern.pattern, modules)}"
         for (pattern, _), count in zip(rules, counts, strict=True)
         if not count
     ]
@@ -130,7 +133,7 @@ def _number(text: str, pair: str, kind: Kind) -> float:
     return value
 
 
-def _nearest_names(pattern: str, modules: Sequence[str]) -> str:
+def nearest_names(pattern: str, modules: Sequence[str]) -> str:
     """The kinds of module whose names look most like the letters of a pattern, as the end of a sentence."""
     kinds = dict.fromkeys(re.sub(r"^\w+_blocks\.\d+\.", "", module).replace(".", "_") for module in modules)
     letters = "_".join(re.findall(r"[a-z0-9]+", pattern.lower()))

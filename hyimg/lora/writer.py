@@ -53,12 +53,11 @@ def write_lora(
     With `metadata` None the file gets none, and so no hashes. `durable` as for `atomic_path`, whose errors
     are raised too.
     """
-    ordered = sorted(tensors, key=lambda tensor: (_DTYPE_ORDER.index(tensor.dtype), tensor.name))
+    if metadata is None:
+        write_tensors(dst, tensors, None, durable=durable)
+        return
+    ordered = _ordered(tensors)
     with atomic_path(Path(dst), durable=durable) as temporary, open(temporary, "w+b", buffering=0) as file:
-        if metadata is None:
-            file.write(_header(ordered, None))
-            _write_all(file, _all_chunks(ordered))
-            return
         hashes = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
         header = _header(ordered, {**metadata, **hashes})
         file.write(header)
@@ -68,6 +67,24 @@ def write_lora(
         # The hashes are as long as the zeros that stood for them, so the header is
         file.seek(0)
         file.write(_header(ordered, {**metadata, **hashes}))
+
+
+def write_tensors(
+    dst: str | os.PathLike[str],
+    tensors: Iterable[OutputTensor],
+    metadata: Mapping[str, str] | None,
+    *,
+    durable: bool = True,
+) -> None:
+    """Writes a safetensors file of any kind, whole or not at all; raises as `atomic_path`."""
+    ordered = _ordered(tensors)
+    with atomic_path(Path(dst), durable=durable) as temporary, open(temporary, "wb", buffering=0) as file:
+        _write_all(file, [_header(ordered, metadata)])
+        _write_all(file, _all_chunks(ordered))
+
+
+def _ordered(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
+    return sorted(tensors, key=lambda tensor: (_DTYPE_ORDER.index(tensor.dtype), tensor.name))
 
 
 def stored_chunks(path: Path, start: int, end: int) -> Iterator[bytes | memoryview]:

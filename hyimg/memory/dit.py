@@ -24,7 +24,7 @@ from hyimg.memory.compilation import compile_blocks, require_compiler
 from hyimg.memory.fp8 import require_fp8_device
 from hyimg.memory.host_memory import UNLOCKED_WARNING
 from hyimg.memory.placement import DiTPlacement
-from hyimg.memory.plan import WeightBytes, require_room, weight_bytes
+from hyimg.memory.plan import WeightBytes, activation_bytes, fits_twice, require_room, weight_bytes
 from hyimg.memory.swap import BlockSwap
 from hyimg.memory.swap_plan import SwapPlan, check_blocks_to_swap
 from hyimg.model.architecture import DiTArch
@@ -104,6 +104,19 @@ class DiTOptions:
         if taken.host:
             text += f" ({size_text(taken.ring)} of it for streaming), {size_text(taken.host)} in host memory"
         return text
+
+    def has_room_for_two(
+        self, path: Path, device: torch.device, dtype: torch.dtype, width: int, height: int
+    ) -> bool:
+        """Whether two images of so many pixels can be computed at a time: on a GPU, whose memory is known."""
+        if device.type != "cuda":
+            return False
+        contents = read_dit(Checkpoint.open(path))
+        return fits_twice(
+            self._weight_bytes(contents, device, dtype),
+            activation_bytes(contents.arch, width, height, dtype.itemsize),
+            torch.cuda.get_device_properties(device).total_memory,
+        )
 
     def _weight_bytes(
         self, contents: Contents[DiTArch], device: torch.device, dtype: torch.dtype

@@ -137,11 +137,21 @@ def training_changes(
 
 
 def rendering_changes(
-    memory: Memory, place: Place, *, most_blocks: int, is_fp8_file: bool = False, on_cpu: bool = False
+    memory: Memory,
+    place: Place,
+    *,
+    most_blocks: int,
+    is_fp8_file: bool = False,
+    on_cpu: bool = False,
+    joined: bool = False,
 ) -> list[str]:
-    """For the DiT in `infer` and `sample`; the fields as of `training_changes`."""
+    """For the DiT in `infer` and `sample`; the fields as of `training_changes`.
+
+    `joined` says that the model is called with and without the prompt together.
+    """
     is_quantised = memory.fp8_scaled or is_fp8_file
-    changes = ["`--fp8_scaled`"] * (not is_quantised)
+    changes = ["`--batch_cond_uncond off`"] * joined
+    changes += ["`--fp8_scaled`"] * (not is_quantised)
     if place is Place.DEVICE:
         changes += _more_blocks(memory.blocks_to_swap, most_blocks)
     elif memory.blocks_to_swap and not on_cpu:

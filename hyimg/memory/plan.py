@@ -9,11 +9,19 @@ from hyimg.errors import HyimgError
 from hyimg.memory.fp8 import BLOCK_SIZE, is_quantised
 from hyimg.memory.swap import NUM_SLOTS
 from hyimg.memory.swap_plan import SwapPlan
-from hyimg.model.architecture import DiTArch
+from hyimg.model.architecture import SPATIAL_FACTOR, DiTArch
 from hyimg.model.dit_shapes import dit_shapes
 from hyimg.report import size_text
 
 _SCALE_BYTES = 4
+
+# What a token takes while a block runs, in times of the widest products of a single block (q, k, v and MLP, and what
+# they are made into). An estimate on the safe side, not a measurement.
+_TOKEN_WIDTHS = 3
+# Tokens of the longest prompt with its quoted texts
+_MAX_TEXT_TOKENS = 1024 + 34 + 128
+# Of a device's memory, what its driver, libraries and a desktop take
+_RESERVED_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,17 @@ def weight_bytes(arch: DiTArch, *, blocks_to_swap: int, fp8: bool, bytes_per_val
         device += size
     ring = min(NUM_SLOTS, len(units)) * max(units, default=0)
     return WeightBytes(device + ring, ring, sum(units))
+
+
+def activation_bytes(arch: DiTArch, width: int, height: int, bytes_per_value: int = 2) -> int:
+    """About what rendering one image of so many pixels takes beside the weights; no gradients."""
+    num_tokens = width * height // SPATIAL_FACTOR**2 + _MAX_TEXT_TOKENS
+    return _TOKEN_WIDTHS * num_tokens * (6 * arch.hidden + 2 * arch.mlp_hidden) * bytes_per_value
+
+
+def fits_twice(taken: WeightBytes, image_bytes: int, device_bytes: int) -> bool:
+    """Whether a device has room for the weights and two images of `image_bytes` at a time."""
+    return taken.device + 2 * image_bytes <= device_bytes * (1 - _RESERVED_SHARE)
 
 
 def require_room(taken: WeightBytes, *, device_name: str, device_bytes: int, host_bytes: int) -> None:

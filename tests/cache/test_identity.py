@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hyimg.cache.identity import file_identity
+from hyimg.cache.identity import file_identity, fingerprint
 from hyimg.cache.index import Index
 from hyimg.errors import HyimgError
 
@@ -76,3 +76,19 @@ def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(HyimgError, match="device or a pipe"):
         file_identity(tmp_path / "pipe")
+
+
+def test_a_fingerprint_tells_checkpoints_apart_by_samples(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 40_000  # 10 MB
+    (tmp_path / "a").write_bytes(data)
+    (tmp_path / "b").write_bytes(data)
+    (tmp_path / "c").write_bytes(data[:-1])
+    (tmp_path / "d").write_bytes(data[: len(data) // 2] + bytes(100_000) + data[len(data) // 2 + 100_000 :])
+    prints = [fingerprint(tmp_path / name) for name in "abcd"]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "model.safetensors").write_bytes(data)
+    assert len(fingerprint(tmp_path / "folder")) == 16
+    with pytest.raises(HyimgError, match="cannot read"):
+        fingerprint(tmp_path / "none")

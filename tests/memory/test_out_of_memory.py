@@ -145,3 +145,9 @@ def test_the_text_encoder_is_told_of_fp8_and_the_cpu() -> None:
     files = TextEncoderFiles()
     assert text_encoder_changes(files, Place.DEVICE)[:2] == ["`--fp8_vl`", "`--text_encoder_cpu`"]
     assert text_encoder_changes(replace(files, fp8_vl=True), Place.HOST)[0] == "`--text_encoder_batch_size 1`"
+
+
+def test_two_images_at_a_time_are_the_first_thing_to_give_up() -> None:
+    changes = rendering_changes(Memory(), Place.DEVICE, most_blocks=37, joined=True)
+    assert changes[:2] == ["`--batch_cond_uncond off`", "`--fp8_scaled`"]
+    assert "`--batch_cond_uncond off`" not in rendering_changes(Memory(), Place.DEVICE, most_blocks=37)

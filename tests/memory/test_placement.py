@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from hyimg.errors import HyimgError
 from hyimg.memory.dit import DiTOptions
 from hyimg.memory.fp8 import ScaledLinear, dequantize, is_quantised, quantize
-from hyimg.memory.plan import require_room, weight_bytes
+from hyimg.memory.plan import activation_bytes, fits_twice, require_room, weight_bytes
 from hyimg.memory.swap_plan import SwapPlan
 from hyimg.model.architecture import DIT_2_1, DIT_TINY
 from hyimg.model.dit import DiT
@@ -150,3 +151,22 @@ def test_what_the_weights_take_is_told_as_it_is(path, fp8, blocks_to_swap):
         is_streamed = ".".join(name.split(".")[:2]) in streamed and is_quantised(name.replace("_scale", ""))
         sizes[is_streamed] += parameter.nbytes
     assert (sizes[True], sizes[False]) == (taken.host, taken.device - taken.ring)
+
+
+def test_two_images_at_a_time_are_for_gpus_with_room(path, monkeypatch):
+    image = activation_bytes(DIT_2_1, 2048, 2048)
+    assert activation_bytes(DIT_2_1, 1024, 1024) < image / 2
+    streamed = weight_bytes(DIT_2_1, blocks_to_swap=37, fp8=True)
+    assert fits_twice(streamed, image, 8 << 30)
+    assert not fits_twice(weight_bytes(DIT_2_1, blocks_to_swap=0, fp8=False), image, 40 << 30)
+    assert fits_twice(streamed, 10, int((streamed.device + 20) / 0.85) + 2)
+    assert not fits_twice(streamed, 10, int((streamed.device + 20) / 0.85) - 2)
+
+    def has_room(device, gigabytes):
+        properties = SimpleNamespace(total_memory=gigabytes * 1e9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return DiTOptions().has_room_for_two(path, torch.device(device), torch.bfloat16, 2048, 2048)
+
+    assert has_room("cuda", 1)
+    assert not has_room("cuda", 0.01)
+    assert not has_room("cpu", 1), "whose memory others use too"

@@ -11,10 +11,12 @@ import pytest
 import tomli
 import tomli_w
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from hyimg.config.commands import MakeTinyModelConfig
 from hyimg.config.load import make
+from hyimg.config.picture import read_settings
 from hyimg.report import SilentReporter
 from hyimg.stages.make_tiny_model import ModelFolder, make_tiny_model
 
@@ -82,6 +84,40 @@ resolution = [1280, 768]
   image_dir = "path/to/another/directory"
   num_repeats = 1
 """
+
+# Section 8
+INFER = r"""
+python hunyuan_image_minimal_inference.py \
+  --dit "<path to hunyuanimage2.1.safetensors>" \
+  --text_encoder "<path to qwen_2.5_vl_7b.safetensors>" \
+  --byt5 "<path to byt5_small_glyphxl_fp16.safetensors>" \
+  --vae "<path to hunyuan_image_2.1_vae_fp16.safetensors>" \
+  --lora_weight "<path to your trained LoRA>" \
+  --lora_multiplier 1.0 \
+  --attn_mode "torch" \
+  --prompt "A cute cartoon penguin in a snowy landscape" \
+  --image_size 2048 2048 \
+  --infer_steps 50 \
+  --guidance_scale 3.5 \
+  --flow_shift 5.0 \
+  --seed 542017 \
+  --save_path "output_image.png"
+"""
+# The options that the section lists, with values that act at a few steps
+KEY_OPTIONS = (
+    "--fp8_scaled",
+    "--blocks_to_swap 1",
+    "--image_size 96 64",
+    "--guidance_scale 5",
+    "--flow_shift 3",
+    "--text_encoder_cpu",
+    "--vae_chunk_size 16",
+    "--apg_start_step_general 0 --apg_start_step_ocr 0",
+    "--guidance_rescale 0.5",
+    "--guidance_rescale_apg 0.5 --apg_start_step_general 0",
+    "--split_attn",
+    "--fp8_vl",
+)
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +224,47 @@ def test_the_dataset_file_of_section_6_4_trains(hyimg, own_dataset, tmp_path):
     # five images in each dataset: by their shapes they make four batches of up to two, and five of one
     assert "10 images, 10 an epoch with repeats, 9 batches" in err
     assert (tmp_path / "run" / "lora.safetensors").is_file()
+
+
+@pytest.fixture
+def section_8(model, trained, tmp_path, monkeypatch):
+    """The arguments of section 8, its places filled in; it saves into the working folder."""
+    monkeypatch.chdir(tmp_path)
+    places = {
+        "<path to hunyuanimage2.1.safetensors>": model.dit,
+        "<path to qwen_2.5_vl_7b.safetensors>": model.text_encoder,
+        "<path to byt5_small_glyphxl_fp16.safetensors>": model.byt5,
+        "<path to hunyuan_image_2.1_vae_fp16.safetensors>": model.vae,
+        "<path to your trained LoRA>": trained / "lora.safetensors",
+    }
+    command = INFER.replace("\\\n", " ")
+    for text, path in places.items():
+        command = command.replace(text, str(path))
+    python, script, *arguments = shlex.split(command)
+    assert (python, script) == ("python", "hunyuan_image_minimal_inference.py")
+    return ["infer", *arguments]
+
+
+@pytest.mark.parametrize("extra", ["", *KEY_OPTIONS])
+def test_the_command_of_section_8_renders_with_each_option_of_its_list(hyimg, section_8, tmp_path, extra):
+    quick = ["--infer_steps", "2", "--image_size", "64", "64"]
+    code, _, err = hyimg(*section_8, *quick, *shlex.split(extra))
+    assert code == 0, err
+    size = (64, 96) if "image_size" in extra else (64, 64)
+    assert Image.open(tmp_path / "output_image.png").size == size
+    if extra:
+        return
+    settings = read_settings(tmp_path / "output_image.png")
+    assert settings["prompt"] == "A cute cartoon penguin in a snowy landscape"
+    assert (settings["guidance_scale"], settings["flow_shift"], settings["seed"]) == (3.5, 5.0, 542017)
+    assert settings["loras"][0]["multiplier"] == 1.0
+
+
+@pytest.mark.long
+def test_the_command_of_section_8_renders_as_written(hyimg, section_8, tmp_path):
+    """Some three minutes on two cores: 100 calls of the tiny model on 4096 image tokens, and the tiny VAE."""
+    code, _, err = hyimg(*section_8)
+    assert code == 0, err
+    assert Image.open(tmp_path / "output_image.png").size == (2048, 2048)
+    assert read_settings(tmp_path / "output_image.png")["infer_steps"] == 50
+    assert "is not one of the sizes" not in err

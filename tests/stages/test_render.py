@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hyimg.flow import plan
-from hyimg.flow.pictures import read_settings
+from hyimg.config.picture import read_settings
+from hyimg.flow import loras, plan
 from hyimg.model.safetensors_file import Checkpoint
 
 SIZE = ["--image_size", "64", "96", "--infer_steps", "3"]
@@ -146,14 +146,14 @@ def test_a_size_that_is_not_native_is_rendered_with_a_warning(hyimg, tmp_path):
 def test_sample_makes_a_sheet_of_prompts_and_checkpoints(hyimg, tmp_path, trained):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text('a red square --d 5\na sign with the word "GO" --w 64 --d 6\n', encoding="utf-8")
-    loras = [trained / "lora-000001.safetensors", trained / "lora.safetensors"]
+    files = [trained / "lora-000001.safetensors", trained / "lora.safetensors"]
     arguments = [
         *MODELS,
         *SIZE,
         "--prompts",
         prompts,
         "--lora_weight",
-        *loras,
+        *files,
         "--output_dir",
         tmp_path / "out",
     ]
@@ -306,8 +306,8 @@ def test_numbers_that_run_away_leave_no_picture(hyimg, tmp_path, trained):
 
 def test_sample_takes_any_prompt_and_says_what_it_does(hyimg, tmp_path, trained, monkeypatch):
     hashed = []
-    identity = plan.file_identity
-    monkeypatch.setattr(plan, "file_identity", lambda path: hashed.append(path.name) or identity(path))
+    identity = loras.file_identity
+    monkeypatch.setattr(loras, "file_identity", lambda path: hashed.append(path.name) or identity(path))
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([{"prompt": "two\nlines"}, "a dog --w 64 --h 32"]), encoding="utf-8")
     arguments = [*MODELS, *QUICK, "--prompts", prompts, "--lora_weight", trained / "lora.safetensors"]

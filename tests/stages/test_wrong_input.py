@@ -7,6 +7,8 @@ import shutil
 import zipfile
 
 import pytest
+import torch
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 from hyimg.model import loading, safetensors_file
@@ -154,6 +156,10 @@ def test_an_output_folder_that_cannot_be_written(refused, tmp_path, cached_datas
     refused(*train, words=["cannot write", place])
     infer = ["infer", "--dit", "{dit}", "--vae", "{vae}", *RENDER, "--save_path", place / "a.png"]
     refused(*infer, words=["cannot write", place])
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    sample = ["sample", "--dit", "{dit}", "--vae", "{vae}", *RENDER[:4], "--prompts", prompts]
+    refused(*sample, "--output_dir", place / "out", words=["cannot write", place])
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
@@ -202,6 +208,12 @@ def test_wrong_training_options(extra, words, refused, tmp_path, cached_dataset)
         (["--from_file", "none.txt"], ["`--from_file`: there is no file `none.txt`"]),
         (["--save_path", "picture.jpg"], ["saved as PNG"]),
         (["--save_path", "{dit}/a.png"], ["cannot write"]),
+        (["--include_patterns", "x"], ["1 value of `--include_patterns` for 0 LoRA files"]),
+        (["--interactive"], ["give one of `--prompt` and `--interactive`"]),
+        (["--save_merged_model", "m.safetensors"], ["`--save_merged_model` without `--lora_weight`"]),
+        (["--from_image", __file__], ["cannot be read as a picture"]),
+        (["--lora_mode", "fused"], ["must be one of `live`, `merge`"]),
+        (["--batch_cond_uncond", "maybe"], ["must be one of `auto`, `on`, `off`"]),
     ],
 )
 def test_wrong_render_options(extra, words, refused, tmp_path, model):
@@ -216,6 +228,87 @@ def test_a_lora_of_another_width(refused, tmp_path, golden):
     infer = ["infer", "--dit", "{dit}", "--vae", "{vae}", *RENDER, "--save_path", tmp_path / "a.png"]
     refused(*infer, "--lora_weight", lora, words=["width 96", "64"])
     refused(*infer, "--lora_weight", lora, lora, "--lora_multiplier", *"1 2 3".split(), words=["3 values"])
+
+    sheet = ["sample", "--dit", "{dit}", "--vae", "{vae}", *RENDER[:4], "--output_dir", tmp_path / "out"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    refused(*sheet, "--prompts", prompts, "--lora_weight", lora, words=["width 96", "64"])
+    refused(*sheet, "--prompts", prompts, "--run", tmp_path / "prompts.txt", words=["is not a folder"])
+
+
+def test_prompt_lines_with_bad_flags_are_told_together(refused, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 100\na dog\na sun --cfg 3\n")
+    words = ["line 1: `--w 100` is not a multiple of 32", "line 3: the flag `--cfg` is not known"]
+    models = ["--dit", "{dit}", "--vae", "{vae}", *RENDER[:4]]
+    infer = ["infer", *models, "--from_file", prompts, "--save_path", tmp_path / "out"]
+    refused(*infer, words=words)
+    refused("sample", *models, "--prompts", prompts, "--output_dir", tmp_path / "out", words=words)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--include_patterns", "nothing"], ["leaves none of the 32 modules", "there are, for example"]),
+        (["--include_patterns", "img_atn_qkv"], ["leaves none", "the nearest names are `img_attn_qkv`"]),
+        (["--include_patterns", "img", "--exclude_patterns", "."], ["leave none of the 32 modules"]),
+        (["--exclude_patterns", "("], ["`(` in `--exclude_patterns` is not a valid regular expression"]),
+        (["--exclude_patterns", "a", "b"], ["2 values of `--exclude_patterns` for 1 LoRA file"]),
+        (["--save_merged_model", "{dit}"], ["is the `--dit` itself"]),
+        (["--save_merged_model", "m.ckpt"], ["`m.ckpt` is not the name of a `.safetensors` file"]),
+        (["--save_merged_model", "{dit}/m.safetensors"], ["cannot write"]),
+        (["--save_merged_model", "m.safetensors", "--fp8_scaled"], ["in the types of their file"]),
+    ],
+)
+def test_wrong_options_of_a_lora(extra, words, refused, tmp_path, model, trained):
+    extra = [e.replace("{dit}", str(model.dit)) for e in extra]
+    infer = ["infer", "--dit", "{dit}", "--vae", "{vae}", *RENDER, "--save_path", tmp_path / "a.png"]
+    refused(*infer, "--lora_weight", trained / "lora.safetensors", *extra, words=words)
+
+
+def test_an_fp8_model_is_not_merged_into(refused, tmp_path, model, trained):
+    state = load_file(model.dit)
+    for name, tensor in state.items():
+        if name.endswith(".weight") and "_blocks." in name and "norm" not in name:
+            state[name] = tensor.to(torch.float8_e4m3fn)
+    path = tmp_path / "fp8.safetensors"
+    save_file(state, path)
+    infer = ["infer", "--dit", path, "--vae", "{vae}", *RENDER, "--save_path", tmp_path / "a.png"]
+    infer += ["--lora_weight", trained / "lora.safetensors"]
+    refused(
+        *infer, "--lora_mode", "merge", words=["`--lora_mode merge`", "which is fp8", "beside fp8 weights"]
+    )
+    merged = ["--save_merged_model", tmp_path / "m.safetensors"]
+    refused(*infer, *merged, words=["`--save_merged_model`", "which is fp8", "bf16"])
+
+
+def test_a_picture_that_cannot_be_repeated(refused, tmp_path):
+    path = tmp_path / "plain.png"
+    infer = ["infer", "--dit", "{dit}", "--vae", "{vae}", *RENDER[:4], "--save_path", tmp_path / "a.png"]
+    infer += ["--from_image", path]
+    image = Image.new("RGB", (32, 32))
+    image.save(path)
+    refused(*infer, words=["plain.png` does not say how it was made"])
+    for settings, words in (
+        ("[1]", ["is not a table of settings"]),
+        ('{"prompt": "x", "infer_steps": 3}', ["does not say how it was made"]),
+        ('{"prompt": "x", "fingerprints": {}, "infer_steps": -1}', ["`--infer_steps` in", "plain.png"]),
+        ('{"prompt": "x", "fingerprints": {}, "loras": 3}', ["are not a list of files"]),
+    ):
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("hyimg", settings)
+        image.save(path, pnginfo=info)
+        refused(*infer, words=words)
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("hyimg", '{"prompt": "x", "fingerprints": {}}')
+    image.save(path, pnginfo=info)
+    refused(*infer, "--interactive", words=["`--from_image` brings its own prompt"])
+
+
+def test_a_session_needs_a_folder(refused, tmp_path):
+    infer = ["infer", "--dit", "{dit}", "--vae", "{vae}", *RENDER[:4], "--interactive"]
+    refused(*infer, "--save_path", tmp_path / "a.png", words=["is one file", "name a folder"])
+    refused(*infer, words=["`--save_path` is required"])
 
 
 def test_no_caches_say_which_command_to_run(refused, own_dataset, tmp_path):
