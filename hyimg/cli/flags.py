@@ -32,8 +32,8 @@ CONTEXT_SETTINGS = {
 class StageCommand(TyperCommand):
     """A command that takes several values after one flag and knows the reference tool's flags.
 
-    `--lora_weight a b` is read as `--lora_weight a --lora_weight b`. A command with positional arguments
-    has no such options, since nothing would tell their values apart.
+    `--lora_weight a b` is read as `--lora_weight a --lora_weight b`. Where such a command has positional
+    arguments they come first, since nothing else would tell them from the option's values.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -95,6 +95,7 @@ def _repeat_flags(args: list[str], many: set[str]) -> list[str]:
             result += [flag, word]
         else:
             fresh = False
+            flag = None if _is_short_flag(word) else flag
             result.append(word)
     return result
 
@@ -159,7 +160,7 @@ def _parameter(opt: Option, required: bool) -> inspect.Parameter:
 
 
 def _option(opt: Option, help: str) -> Any:
-    names = [f"--{name}" for name in (opt.name, *opt.traits.aliases)]
+    names = [flag_of(name) for name in (opt.name, *opt.traits.aliases)]
     return typer.Option(
         *names,
         help=help,
@@ -169,6 +170,11 @@ def _option(opt: Option, help: str) -> Any:
         hidden=_is_hidden(opt),
         autocompletion=(lambda: list(opt.traits.choices)) if opt.traits.choices else None,
     )
+
+
+def flag_of(name: str) -> str:
+    """`--name`, and `-n` for a single letter."""
+    return f"--{name}" if len(name) > 1 else f"-{name}"
 
 
 def _is_hidden(opt: Option) -> bool:

@@ -23,7 +23,7 @@ from hyimg.config.network import ClassCaptions, NetworkShape, NetworkTraining, P
 from hyimg.config.optimizer import LearningRate, Optimizer
 from hyimg.config.rendering import InferOutput, LoRAFiles, Prompt, Sampling, SheetOptions
 from hyimg.config.run import Duration, Hub, Logging, Metadata, ProcessCount, Saving, Validation
-from hyimg.config.tools import Check, Common, Conversion, Demo, Inspection, PluginList, TinyModel
+from hyimg.config.tools import Check, Common, Conversion, Demo, Inspection, Merging, PluginList, TinyModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +131,13 @@ class ConvertComfyConfig:
     REQUIRED: ClassVar[tuple[str, ...]] = ("source", "destination")
 
     conversion: Conversion = field(default_factory=Conversion)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    REQUIRED: ClassVar[tuple[str, ...]] = ("loras", "output")
+
+    merging: Merging = field(default_factory=Merging)
 
 
 @dataclass(frozen=True, kw_only=True)

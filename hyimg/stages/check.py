@@ -17,7 +17,7 @@ from hyimg.errors import HyimgError
 from hyimg.flow.renderer import check_loras
 from hyimg.lora.contents import LoRAContents
 from hyimg.lora.fp8_survival import Survival, survival, total
-from hyimg.lora.updates import Update, read_updates
+from hyimg.lora.updates import AnyUpdate, read_updates
 from hyimg.memory.device import resolve_device
 from hyimg.memory.fp8 import require_fp8_device
 from hyimg.memory.fp8_report import layer_kind
@@ -89,7 +89,7 @@ def check(config: CheckConfig, report: Reporter) -> LoRAReport:
 
 
 def _survivals(
-    dit: Path, updates: Sequence[Update], device: torch.device, report: Reporter
+    dit: Path, updates: Sequence[AnyUpdate], device: torch.device, report: Reporter
 ) -> dict[str, Survival]:
     """By module, reading one base weight at a time."""
     survivals = {}
@@ -101,7 +101,7 @@ def _survivals(
     return survivals
 
 
-def _report(kind: str, updates: Sequence[Update], survivals: Mapping[str, Survival]) -> KindReport:
+def _report(kind: str, updates: Sequence[AnyUpdate], survivals: Mapping[str, Survival]) -> KindReport:
     return KindReport(
         kind,
         len(updates),
