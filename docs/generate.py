@@ -27,6 +27,7 @@ COMMANDS = {
     "sample": configs.SampleConfig,
     "infer": configs.InferConfig,
     "convert-comfy": configs.ConvertComfyConfig,
+    "merge": configs.MergeConfig,
     "inspect-modules": configs.InspectModulesConfig,
     "check": configs.CheckConfig,
     "make-tiny-model": configs.MakeTinyModelConfig,

@@ -21,7 +21,11 @@ class LoRAFiles:
     include_patterns: tuple[str, ...] = option((), help="modules to apply", later=_RENDERING)
     exclude_patterns: tuple[str, ...] = option((), help="modules to leave out", later=_RENDERING)
     save_merged_model: Path | None = option(None, help="save the DiT with the LoRAs merged", later=_RENDERING)
-    lycoris: bool = option(False, help="the LoRA files are LyCORIS files", later=_RENDERING)
+    lycoris: bool = option(
+        False,
+        help="changes nothing: LoHa and LoKr files are recognised by themselves",
+        note="LoHa and LoKr files are recognised by themselves",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

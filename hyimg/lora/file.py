@@ -17,6 +17,7 @@ from hyimg.lora.compression import Compression
 from hyimg.lora.contents import PEFT_CONFIG, LoRAContents
 from hyimg.lora.formats import FORMATS
 from hyimg.lora.rewriting import rewrite
+from hyimg.lora.values import read_values
 from hyimg.lora.writer import OutputTensor, write_lora
 from hyimg.model.safetensors_file import DTYPES
 
@@ -96,8 +97,8 @@ def merge(
     all files share is kept.
 
     Raises:
-        HyimgError: as `convert`, and for files for models of different widths, or a DoRA, LoHa or LoKr that
-            cannot be added.
+        HyimgError: as `convert`, and for files for models of different widths, values that are not finite, or a
+            DoRA, LoHa or LoKr that cannot be added.
     """
     dst = Path(dst)
     _require_format(to)
@@ -111,6 +112,8 @@ def merge(
                 f"width {first.hidden}",
                 hint="merge LoRAs of one model",
             )
+    for contents, _ in sources:
+        _require_finite_file(contents)
     shared = set.intersection(*({*contents.header.metadata.items()} for contents, _ in sources))
     metadata = {key: value for key, value in first.header.metadata.items() if (key, value) in shared}
     metadata[MERGED_FROM] = json.dumps([{"file": path.name, "weight": weight} for path, weight in files])
@@ -172,6 +175,16 @@ def require_new_file(dst: Path, *, example: Path, overwrite: bool) -> None:
         )
     if dst.exists() and not overwrite:
         raise HyimgError(f"`{dst}` exists", hint="give another name, or `--overwrite`")
+
+
+def _require_finite_file(contents: LoRAContents) -> None:
+    """Before a sum: one bad file would spoil the good ones. A file that is only renamed is not looked at."""
+    import numpy as np
+
+    for module in contents.modules:
+        for key in (key for piece in module.pieces for key in piece.keys.values()):
+            if not np.isfinite(read_values(contents.header, key)).all():
+                raise _not_finite(contents.path, key)
 
 
 def _forget_ranks(metadata: dict[str, str]) -> None:
@@ -237,10 +250,14 @@ def require_finite(path: str | os.PathLike[str], state: Mapping[str, torch.Tenso
     """Raises HyimgError for weights from `path` that are not finite."""
     for name, tensor in state.items():
         if not bool(tensor.float().isfinite().all()):  # fp8 does not know whether it is
-            raise HyimgError(
-                f"the LoRA file `{path}` holds NaN or infinity, in `{name}`",
-                hint="its training went astray: take a file that was saved earlier",
-            )
+            raise _not_finite(path, name)
+
+
+def _not_finite(path: str | os.PathLike[str], name: str) -> HyimgError:
+    return HyimgError(
+        f"the LoRA file `{path}` holds NaN or infinity, in `{name}`",
+        hint="its training went astray: take a file that was saved earlier",
+    )
 
 
 def _row_magnitude(

@@ -207,8 +207,8 @@ LOKR_ROLES = frozenset(f"lokr_{w}" for w in ("w1", "w1_a", "w1_b", "w2", "w2_a",
 
 # A role's names. Between name and `.weight` PEFT puts the adapter's name, `default` unless told otherwise
 _ROLE_NAMES = {
-    "down": r"\.lora_down\.weight|\.lora_A(?:\.\w+)?|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight",
-    "up": r"\.lora_up\.weight|\.lora_B(?:\.\w+)?|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight",
+    "down": r"\.lora_down\.weight|\.lora_A(?:\.(?!bias)\w+)?|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight",
+    "up": r"\.lora_up\.weight|\.lora_B(?:\.(?!bias)\w+)?|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight",
     "alpha": r"\.alpha",
     "magnitude": r"\.dora_scale|\.lora_magnitude_vector(?:\.\w+)?",
     **{role: rf"\.{role}(?:\.default)?" for role in (*sorted(LOHA_ROLES), *sorted(LOKR_ROLES))},
