@@ -259,7 +259,7 @@ def test_wrong_files_are_one_sentence_and_leave_nothing(hyimg, files, wrong, tmp
         path = folder / name
         commands = [
             ["convert-comfy", path, out, "--max_rank", "2"],
-            ["merge", files["kohya"], path, "-o", out, "--max_rank", "2"],
+            ["merge", files["kohya"], path, "-o", out],
             ["infer", *MODELS, *QUICK, *picture, "--lora_weight", path],
         ]
         if "nan" not in name:
