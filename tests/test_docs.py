@@ -50,6 +50,8 @@ def test_commands_in_the_docs_parse(page, monkeypatch, capsys):
             "infer",
             "sample",
             "convert-comfy",
+            "merge",
+            "check",
             "demo",
         ):
             try:

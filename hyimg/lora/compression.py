@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hyimg.errors import HyimgError
-from hyimg.lora.terms import Term, joined
+from hyimg.lora.terms import Term, joined, summed
 from hyimg.lora.values import encode, rounded
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ class Compression:
 
     def rank(self, terms: Sequence[Term], rows: tuple[int, int]) -> int:
         """The rank that is written for these terms on these rows."""
-        columns = terms[0].contents.width(terms[0].target.in_width)
-        return min(self.max_rank, rows[1] - rows[0], columns)
+        return min(self.max_rank, rows[1] - rows[0], _columns(terms[0]))
 
 
 @dataclass
@@ -98,12 +97,14 @@ def truncated(terms: Sequence[Term], rows: tuple[int, int], rank: int) -> Trunca
     import numpy as np
 
     if len(terms) == 1 and terms[0].kind == "lokr" and terms[0].rows == rows:
-        factors = terms[0].kronecker_factors()
-        decompose: Callable[[Values, Values], tuple[Values, Values, Values]] = partial(
+        factors: tuple[Values, ...] = terms[0].kronecker_factors()
+        decompose: Callable[..., tuple[Values, Values, Values]] = partial(
             _kronecker_svd, scale=terms[0].scale, rank=rank
         )
-    else:
+    elif sum(term.inner for term in terms) < min(rows[1] - rows[0], _columns(terms[0])):
         factors, decompose = joined(terms, rows), _svd
+    else:
+        factors, decompose = (summed(terms, rows),), _dense_svd
     if not all(np.isfinite(factor).all() for factor in factors):
         raise HyimgError(
             f"the adapter with `{terms[0].name}` in `{terms[0].contents.path}` holds NaN or infinity",
@@ -123,8 +124,6 @@ def _svd(up: Values, down: Values) -> tuple[Values, Values, Values]:
     """(left, singular values, right) of up @ down."""
     import numpy as np
 
-    if up.shape[1] >= min(len(up), down.shape[1]):
-        return _dense_svd(up @ down)
     left, left_core = np.linalg.qr(up)
     right, right_core = np.linalg.qr(down.T)
     u, singular, v = np.linalg.svd(left_core @ right_core.T)
@@ -157,6 +156,10 @@ def _kronecker_svd(w1: Values, w2: Values, *, scale: float, rank: int) -> tuple[
     left = np.einsum("ik,jk->ijk", u1[:, first], u2[:, second]).reshape(len(u1) * len(u2), -1)
     right = np.einsum("ki,kj->kij", v1[first], v2[second]).reshape(len(first), -1)
     return left * math.copysign(1.0, scale), singular[order], right
+
+
+def _columns(term: Term) -> int:
+    return term.contents.width(term.target.in_width)
 
 
 def _square(up: Values, down: Values) -> float:

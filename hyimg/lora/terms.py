@@ -75,27 +75,46 @@ class Term:
     def values(self, role: str, rows: tuple[int, int] | None = None) -> Values:
         return read_values(self.contents.header, self.piece.keys[role], rows)
 
+    @property
+    def inner(self) -> int:
+        """How many columns the up of `factors` has; a LoHa's ranks multiply."""
+        header, keys = self.contents.header, self.piece.keys
+        if self.kind == "lora":
+            return self.rank
+        if self.kind == "loha":
+            return header.tensors[keys["hada_w1_b"]].shape[0] * header.tensors[keys["hada_w2_b"]].shape[0]
+        columns = self.contents.width(self.target.in_width)
+        if "lokr_w2" in keys:
+            return columns
+        rank, columns_2 = header.tensors[keys["lokr_w2_b"]].shape
+        return columns // columns_2 * rank
+
     def factors(self) -> tuple[Values, Values]:
-        """(up, down) of all its rows with scale * update = up @ down, exactly. The inner size is no more than
-        the update's rank can be: a LoHa's ranks multiply, and a LoKr is the product of two Kronecker products.
-        """
+        """(up, down) of all its rows with scale * update = up @ down, exactly; not for a LoKr with a whole `w2`."""
         import numpy as np
 
         if self.kind == "lora":
             return self.values("up") * self.scale, self.values("down")
         if self.kind == "loha":
-            a1, b1, a2, b2 = (self.values(f"hada_{part}") for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
-            if len(b1) * len(b2) >= min(len(a1), b1.shape[1]):
-                return _with_identity((a1 @ b1) * (a2 @ b2) * self.scale)
+            a1, b1, a2, b2 = self._loha_parts()
             up = (a1[:, :, None] * a2[:, None, :]).reshape(len(a1), -1)
             down = (b1[:, None, :] * b2[None, :, :]).reshape(-1, b1.shape[1])
             return up * self.scale, down
-        w1, w2 = self.kronecker_factors()
-        if "lokr_w2_b" in self.piece.keys:
-            a2, b2 = self.values("lokr_w2_a"), self.values("lokr_w2_b")
-            if w1.shape[1] * len(b2) < min(len(w1) * len(w2), w1.shape[1] * w2.shape[1]):
-                return _kron(w1, a2) * self.scale, _kron(np.eye(w1.shape[1]), b2)
-        return _with_identity(_kron(w1, w2) * self.scale)
+        w1, _ = self.kronecker_factors()
+        a2, b2 = self.values("lokr_w2_a"), self.values("lokr_w2_b")
+        return _kron(w1, a2) * self.scale, _kron(np.eye(w1.shape[1]), b2)
+
+    def delta(self) -> Values:
+        """scale * update on all its rows, (O, I)."""
+        if self.kind == "lora":
+            return self.values("up") @ self.values("down") * self.scale
+        if self.kind == "loha":
+            a1, b1, a2, b2 = self._loha_parts()
+            return (a1 @ b1) * (a2 @ b2) * self.scale
+        return _kron(*self.kronecker_factors()) * self.scale
+
+    def _loha_parts(self) -> list[Values]:
+        return [self.values(f"hada_{part}") for part in ("w1_a", "w1_b", "w2_a", "w2_b")]
 
     def kronecker_factors(self) -> tuple[Values, Values]:
         """(w1, w2) of a LoKr, each whole; not yet scaled."""
@@ -126,19 +145,30 @@ def joined(terms: Sequence[Term], rows: tuple[int, int]) -> tuple[Values, Values
     up = np.zeros((rows[1] - rows[0], sum(len(down) for down in downs)))
     column = 0
     for term, part in zip(terms, ups, strict=True):
-        start, end = max(rows[0], term.rows[0]), min(rows[1], term.rows[1])
-        block = part[start - term.rows[0] : end - term.rows[0]]
-        up[start - rows[0] : end - rows[0], column : column + part.shape[1]] = block
+        mine, theirs = _overlap(term, rows)
+        up[theirs, column : column + part.shape[1]] = part[mine]
         column += part.shape[1]
     return up, np.concatenate(downs)
+
+
+def summed(terms: Sequence[Term], rows: tuple[int, int]) -> Values:
+    """The sum of all terms on some rows of the weight, (O, I)."""
+    import numpy as np
+
+    columns = terms[0].contents.width(terms[0].target.in_width)
+    total = np.zeros((rows[1] - rows[0], columns))
+    for term in terms:
+        mine, theirs = _overlap(term, rows)
+        total[theirs] += term.delta()[mine]
+    return total
+
+
+def _overlap(term: Term, rows: tuple[int, int]) -> tuple[slice, slice]:
+    """The rows that a term has in common with a range, counted from the term's first and from the range's."""
+    start, end = max(rows[0], term.rows[0]), min(rows[1], term.rows[1])
+    return slice(start - term.rows[0], end - term.rows[0]), slice(start - rows[0], end - rows[0])
 
 
 def _kron(a: Values, b: Values) -> Values:
     """The Kronecker product of two matrices."""
     return (a[:, None, :, None] * b[None, :, None, :]).reshape(len(a) * len(b), -1)
-
-
-def _with_identity(delta: Values) -> tuple[Values, Values]:
-    import numpy as np
-
-    return delta, np.eye(delta.shape[1])
