@@ -30,12 +30,14 @@ ROWS_AT_A_TIME = 2048
 class LyCORIS(LoRA):
     """What LoHa and LoKr share: frozen float32 tensors under LyCORIS's names."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
-        """`tensors` by role, `shape` (O, I)."""
-        rank = self._rank(tensors)
+    shape: tuple[int, int]
+    """(O, I) of the update."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """`tensors` by role, complete and of shapes that fit each other."""
+        rank, self.shape = self._rank(tensors), self._shape(tensors)
         alpha = float(tensors["alpha"]) if rank is not None and "alpha" in tensors else float(rank or 1)
-        super().__init__(shape[1], shape[0], rank=rank or 1, alpha=alpha)
-        self.shape = shape
+        super().__init__(self.shape[1], self.shape[0], rank=rank or 1, alpha=alpha)
         for role, tensor in tensors.items():
             if role != "alpha":
                 self.register_parameter(role, nn.Parameter(tensor.float(), requires_grad=False))
@@ -43,6 +45,10 @@ class LyCORIS(LoRA):
     @staticmethod
     def _rank(tensors: Mapping[str, Tensor]) -> int | None:
         """What alpha is divided by; None where nothing is scaled."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         raise NotImplementedError
 
     def _make_weights(self, in_features: int, out_features: int) -> None:
@@ -73,6 +79,10 @@ class LoHa(LyCORIS):
     def _rank(tensors: Mapping[str, Tensor]) -> int | None:
         return len(tensors["hada_w1_b"])
 
+    @staticmethod
+    def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        return len(tensors["hada_w1_a"]), tensors["hada_w1_b"].shape[1]
+
     def rows(self, rows: slice, device: torch.device | str | None = None) -> Tensor:
         a1, b1, a2, b2 = (self._tensor(f"hada_{part}", device) for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
         return (a1[rows] @ b1).mul_(a2[rows] @ b2).mul_(self.scale)
@@ -97,6 +107,16 @@ class LoKr(LyCORIS):
     @staticmethod
     def _rank(tensors: Mapping[str, Tensor]) -> int | None:
         return next((len(tensors[r]) for r in ("lokr_w2_b", "lokr_w1_b") if r in tensors), None)
+
+    @staticmethod
+    def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        rows, columns = 1, 1
+        for role in ("lokr_w1", "lokr_w2"):
+            left, right = (tensors.get(role, tensors.get(f"{role}{end}")) for end in ("_a", "_b"))
+            assert left is not None
+            assert right is not None
+            rows, columns = rows * len(left), columns * right.shape[1]
+        return rows, columns
 
     def rows(self, rows: slice, device: torch.device | str | None = None) -> Tensor:
         w1, w2 = (self._factor(name, device) for name in ("w1", "w2"))
@@ -137,7 +157,7 @@ def lycoris_adapters(
         own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         kind = LoHa if own.keys() & LOHA_ROLES else LoKr if own.keys() & LOKR_ROLES else None
         if kind is not None:
-            adapter = kind(own, (module.out_features, module.in_features))
+            adapter = kind(own)
             plan = ModulePlan(
                 module.name, module.in_features, module.out_features, adapter.rank, adapter.alpha
             )

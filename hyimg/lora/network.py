@@ -86,6 +86,12 @@ class LoRANetwork(nn.Module):
         network = LoRANetwork(plan) if any(module.rank for module in plan) else None
         if network is not None and (problem := network.misfit(state)):
             raise HyimgError(f"`{path}` does not fit the model: {problem}")
+        for module, adapter in others:
+            if adapter.shape != (module.out_features, module.in_features):
+                raise HyimgError(
+                    f"`{path}` does not fit the model: `{module.name}` has the shape {list(adapter.shape)} where "
+                    f"it needs {[module.out_features, module.in_features]}"
+                )
         if network is None and (state or not others):
             raise HyimgError(f"`{path}` does not fit the model: none of its modules is in the model")
         if network is not None:

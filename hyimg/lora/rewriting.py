@@ -125,7 +125,7 @@ class _Adapter:
             if self.plain:
                 why, way = "and a plain LoRA is needed", "`hyimg convert-comfy --to kohya --max_rank 64`"
             elif self.format.has_lycoris:
-                why, way = "which cannot be added to another adapter", "`--max_rank 64`"
+                why, way = "which cannot become a part of another adapter", "`--max_rank 64`"
             else:
                 why, way = f"which {self.format.title} cannot hold", "`--max_rank 64`"
             raise HyimgError(

@@ -78,7 +78,7 @@ def test_updates_are_lycoris_own_numbers(golden: Path, load: Load, name: str) ->
     tensors, _ = load(golden / "lycoris.safetensors")
     own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
     delta, y = own.pop("delta"), own.pop("y")
-    adapter: LyCORIS = CASES[name](own, (36, 24))
+    adapter: LyCORIS = CASES[name](own)
     torch.testing.assert_close(adapter.delta(), delta, rtol=0, atol=1e-5)
     torch.testing.assert_close(adapter(tensors["x"], torch.zeros(5, 36)), y, rtol=0, atol=1e-5)
     torch.testing.assert_close(adapter.rows(slice(10, 23)), delta[10:23], rtol=0, atol=1e-5)
@@ -185,7 +185,7 @@ def test_what_cannot_hold_them_says_so(mixed: tuple[Path, dict[str, Tensor]], tm
         assert "--max_rank" in error.value.hint
     with pytest.raises(HyimgError, match="a plain LoRA is needed"):
         read_lora(path)
-    with pytest.raises(HyimgError, match="cannot be added to another adapter"):
+    with pytest.raises(HyimgError, match="cannot become a part of another adapter"):
         merge([(path, 1.0), (path, 1.0)], tmp_path / "dst.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["mixed.safetensors"]
 
@@ -210,3 +210,17 @@ def test_a_broken_lokr_is_refused_in_a_sentence(tmp_path: Path, case: str) -> No
     save_file(named, tmp_path / "lokr.safetensors")
     with pytest.raises(HyimgError, match=words):
         read_lora(LoRAContents.open(tmp_path / "lokr.safetensors"), lycoris=True)
+
+
+def test_a_lokr_of_another_model_does_not_fit(
+    mixed: tuple[Path, dict[str, Tensor]], tmp_path: Path, lora_dit: DiT
+) -> None:
+    path = tmp_path / "lokr.safetensors"
+    for name, shape, words in (
+        ("single_blocks.0.linear2", (96, 600), r"has the shape \[96, 600\] where it needs \[96, 480\]"),
+        ("single_blocks.30.linear2", (96, 480), "none of its modules is in the model"),
+    ):
+        state = _state("lokr_full", shape)
+        save_file({f"diffusion_model.{name}.{role}": tensor for role, tensor in state.items()}, path)
+        with pytest.raises(HyimgError, match=words):
+            LoRANetwork.from_file(path, lora_dit)
