@@ -13,6 +13,7 @@ from torch import Tensor
 from hyimg.errors import HyimgError
 from hyimg.lora.contents import LoRAContents
 from hyimg.lora.file import convert, merge, read_lora
+from hyimg.lora.formats import parse_key
 from hyimg.lora.lycoris import LoHa, LoKr, LyCORIS
 from hyimg.lora.merge import merge_into
 from hyimg.lora.network import LoRANetwork
@@ -53,6 +54,12 @@ def _delta(state: Mapping[str, Tensor]) -> Tensor:
     return s["alpha"] / 3 * torch.kron(s["lokr_w1"], s["lokr_w2_a"] @ s["lokr_w2_b"])
 
 
+def _names(module: str, name: str) -> bool:
+    """Whether a name of the written file is the module's."""
+    key = parse_key(f"{name}.alpha")
+    return key is not None and key.module == module
+
+
 @pytest.fixture
 def mixed(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
     """A file with a LoHa, two LoKrs and a plain LoRA, and the updates in double precision."""
@@ -74,7 +81,10 @@ def mixed(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_updates_are_lycoris_own_numbers(golden: Path, load: Load, name: str) -> None:
+def test_updates_are_lycoris_own_numbers(
+    golden: Path, load: Load, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyimg.lora.lycoris.ROWS_AT_A_TIME", 10)
     tensors, _ = load(golden / "lycoris.safetensors")
     own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
     delta, y = own.pop("delta"), own.pop("y")
@@ -155,20 +165,25 @@ def test_a_full_rank_makes_the_very_same_lora_of_them(
         assert error < 1e-6, update.name
 
 
+@pytest.mark.parametrize("merged", [False, True], ids=["alone", "added"])
 def test_a_lower_rank_is_the_best_there_is_and_its_error_is_told(
-    mixed: tuple[Path, dict[str, Tensor]], tmp_path: Path
+    mixed: tuple[Path, dict[str, Tensor]], tmp_path: Path, merged: bool
 ) -> None:
     path, deltas = mixed
-    done = merge([(path, 1.0), (path, 1.0)], tmp_path / "lora.safetensors", max_rank=8)
+    if merged:
+        done = merge([(path, 1.0), (path, 1.0)], tmp_path / "lora.safetensors", max_rank=8)
+    else:
+        done = convert(path, tmp_path / "lora.safetensors", to="peft", max_rank=8)
+    names = list(done.errors)
     squares = []
     for update in read_updates(tmp_path / "lora.safetensors"):
-        whole, delta = update.rows(slice(None)).double(), 2 * deltas[update.name]
+        whole, delta = update.rows(slice(None)).double(), (2 if merged else 1) * deltas[update.name]
         singular = torch.linalg.svdvals(delta)
         best = float((singular[8:] ** 2).sum().sqrt() / singular.norm())
         error = float((whole - delta).norm() / delta.norm())
         assert error == pytest.approx(best, abs=1e-6), update.name
         if update.name in (FC1, QKV, LINEAR1):  # the plain LoRA has the rank 4 + 4 and stays as it is
-            told = done.errors[f"lora_unet_{update.name.replace('.', '_')}"]
+            (told,) = (done.errors[name] for name in names if _names(update.name, name))
             assert told == pytest.approx(error, abs=1e-6)
             squares.append((error * float(delta.norm()), float(delta.norm())))
     assert len(done.errors) == len(squares) == 3

@@ -63,7 +63,7 @@ def test_alpha_for_single_modules_in_pefts_configuration_is_honoured(
 ) -> None:
     one, ten = (f"transformer.single_transformer_blocks.{i}.proj_out" for i in (1, 11))
     state = _adapter(one, 4, 8, 40) | _adapter(ten, 4, 8, 40)
-    pattern = {"single_transformer_blocks.1.proj_out": 2}
+    pattern = {"1.proj_out": 2}  # the end of a name, from a dot on
     config = {"transformer.r": 4, "transformer.lora_alpha": 16, "transformer.alpha_pattern": pattern}
     save_file(state, tmp_path / "src.safetensors", {PEFT_CONFIG: json.dumps(config)})
     convert(tmp_path / "src.safetensors", tmp_path / "dst.safetensors", to="kohya")
@@ -239,6 +239,21 @@ def test_a_merged_file_is_the_weighted_sum_of_files_in_any_forms(
     for update in read_updates(tmp_path / "merged.safetensors"):
         want = expected[f"{update.name}.weight"]
         torch.testing.assert_close(update.rows(slice(None)), want, rtol=1e-6, atol=1e-5)
+
+
+def test_an_adapter_that_one_file_alone_has_gets_its_weight(golden: Path, tmp_path: Path, load: Load) -> None:
+    state, _ = load(golden / "lora_kohya.safetensors")
+    halves = [{}, {}]  # type: list[dict[str, Tensor]]
+    for name, tensor in state.items():
+        halves["single" in name][name] = tensor
+    files = [(tmp_path / "double.safetensors", 0.5), (tmp_path / "single.safetensors", -2.0)]
+    for (path, _), half in zip(files, halves, strict=True):
+        save_file(half, path)
+    merge(files, tmp_path / "merged.safetensors")
+    deltas, _ = load(golden / "lora_deltas.safetensors")
+    for update in read_updates(tmp_path / "merged.safetensors"):
+        want = deltas[f"{update.name}.weight"] * (-2.0 if "single" in update.name else 0.5)
+        torch.testing.assert_close(update.rows(slice(None)), want, rtol=1e-6, atol=1e-6)
 
 
 def test_what_all_files_say_of_themselves_is_kept(golden: Path, tmp_path: Path, load: Load) -> None:
