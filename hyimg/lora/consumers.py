@@ -86,11 +86,8 @@ def _reference(key: Key) -> str | None:
         return f"knows `{name}`, and not `{key.stem}`"
     if key.role in LYCORIS_ROLES:
         return "reads LoHa and LoKr only with `--lycoris`, by LyCORIS's own code"
-    return (
-        None
-        if key.suffix in (".lora_down.weight", ".lora_up.weight", ".alpha")
-        else f"knows no `{key.suffix[1:]}`"
-    )
+    known = (".lora_down.weight", ".lora_up.weight", ".alpha")
+    return None if key.suffix in known else f"knows no `{key.suffix[1:]}`"
 
 
 def _diffusers(key: Key) -> str | None:

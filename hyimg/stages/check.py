@@ -121,8 +121,9 @@ def _verdict_line(verdict: Verdict, found: LoRAReport) -> str:
     num_modules = len(verdict.applied) + len(verdict.dropped)
     parts = [f"{verdict.title}: applies {len(verdict.applied)} of {num_modules} modules"]
     if verdict.dropped:
-        kinds = sorted({layer_kind(name) for name in verdict.dropped})
-        parts.append(f"drops {', '.join(kinds)}, since it {next(iter(verdict.dropped.values()))}")
+        kinds = ", ".join(sorted({layer_kind(name) for name in verdict.dropped}))
+        why = next(iter(verdict.dropped.values()))
+        parts.append(f"drops {kinds}, since it {why}" if verdict.applied else f"it {why}")
     parts += verdict.notes
     if verdict.loads != "all":
         (format,) = (consumer.format for consumer in CONSUMERS if consumer.name == verdict.consumer)
