@@ -8,6 +8,7 @@ from pathlib import Path
 from hyimg.config.option import MAX_SEED, option
 
 _TRAINING = "leave it out for now"
+_NO_DDP = "changes nothing: the adapter's gradients are summed in one piece, without torch's DDP"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,9 @@ class Duration:
     seed: int | None = option(
         None, minimum=0, maximum=MAX_SEED, help="seed of all randomness (not given: drawn, and recorded)"
     )
-    num_processes: int = option(1, minimum=1, help="processes, one a device", later=_TRAINING)
+    num_processes: int = option(
+        1, minimum=1, help="processes that train together, one a device; under a launcher, leave it out"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +181,7 @@ class Hub:
     resume_from_huggingface: bool = option(False, help="resume from there", later=_TRAINING)
     async_upload: bool = option(False, help="upload in the background", later=_TRAINING)
     ddp_timeout: int | None = option(
-        None, minimum=1, help="minutes until a hang is an error", later=_TRAINING
+        None, minimum=1, help="minutes that a process waits for the others before it fails (not given: 30)"
     )
-    ddp_gradient_as_bucket_view: bool = option(False, help="of torch's DDP", later=_TRAINING)
-    ddp_static_graph: bool = option(False, help="of torch's DDP", later=_TRAINING)
+    ddp_gradient_as_bucket_view: bool = option(False, help="accepted, without effect", note=_NO_DDP)
+    ddp_static_graph: bool = option(False, help="accepted, without effect", note=_NO_DDP)

@@ -72,27 +72,29 @@ def _render_samples(
     def path_of(number: int) -> Path:
         return run.folder.sample_path(number, epoch=epoch, step=step)
 
-    with _undisturbed(run):
+    own: dict[int, Path] = {}
+    with _undisturbed(run), run.processes.one_voice(run.report) as voice:
         try:
-            rendered = samples.render(path_of, run.report)
+            own = samples.render(path_of, voice)
         except Exception as error:
             if out_of_memory_place(error) is None:
                 raise
-            run.report.warning(
+            voice.warning(
                 "out of memory: no samples this time, and training goes on; a smaller size in the prompt file "
                 "or `--vae_tile_size 512` needs less"
             )
-            return
-    _show(run, rendered)
-    if rendered:
+    shares = run.processes.gather([(number, str(path)) for number, path in own.items()])
+    rendered = sorted((number, Path(path)) for share in shares for number, path in share)
+    if rendered and run.processes.is_main:
+        _show(run, rendered)
         run.report.note(f"samples: {len(rendered)} in {run.folder.sample_dir}")
 
 
-def _show(run: Run, rendered: list[tuple[Path, Image.Image]]) -> None:
-    """Gives the pictures to the trackers that take some."""
+def _show(run: Run, rendered: list[tuple[int, Path]]) -> None:
+    """Gives the pictures, by the number of their prompt, to the trackers that take some."""
     for tracker in run.accelerator.trackers:
-        for number, (_, image) in enumerate(rendered, start=1):
-            pixels_1HWC = np.asarray(image)[None]
+        for number, path in rendered:
+            pixels_1HWC = np.asarray(Image.open(path))[None]
             if tracker.name == "tensorboard":
                 tracker.log_images({f"sample/{number}": pixels_1HWC}, step=run.step, dataformats="NHWC")
             elif tracker.name == "wandb":

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, training_step
+from benchmarks import gpu, training_run, training_step
 from benchmarks.__main__ import PARTS, main, row
 from benchmarks.figures import Figure, Options
 from benchmarks.models import TOY, attach_lora, inputs, random_dit
@@ -41,6 +41,15 @@ def test_a_part_measures_at_toy_sizes(part: str, tmp_path: Path) -> None:
     figures = list(importlib.import_module(f"benchmarks.{part}").measure(toy(tmp_path, only="fp32")))
     assert len({figure.name for figure in figures}) == len(figures) >= 5
     assert all(figure.peak_mb is not None for figure in figures)
+
+
+def test_a_run_is_taken_apart_into_model_optimiser_and_loop(tmp_path: Path) -> None:
+    step, start = training_run.measure(toy(tmp_path, only="fp32"))
+    assert (
+        step.values["step"] > step.values["forward"] + step.values["backward"] + step.values["optimizer"] > 0
+    )
+    assert step.values["loop_share"] > 0
+    assert start.values["to_first_step"] > start.values["to_run_start"] > 0
 
 
 def test_the_gpu_part_runs_on_a_cpu_too(tmp_path: Path) -> None:
@@ -228,3 +237,20 @@ def test_memory_of_either_kind_is_the_processs_own(flags: str) -> None:
     # other memory of this process may go meanwhile
     assert peaks.own >= 0.7 * num_bytes
     assert peaks.own_left < num_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts pages as Linux does")
+def test_memory_that_was_freed_before_is_counted_when_it_is_used_again() -> None:
+    num_bytes = 64 << 20
+
+    def fill() -> list[bytearray]:
+        return [bytearray(b"x" * 65536) for _ in range(num_bytes // 65536)]  # small enough for the heap
+
+    blocks = fill()
+    kept = blocks[::16]  # what is free between them stays the allocator's
+    del blocks
+    with ProcessPeaks() as peaks:
+        blocks = fill()
+        time.sleep(0.1)
+    assert peaks.own >= 0.7 * num_bytes
+    del blocks, kept
