@@ -97,7 +97,7 @@ def _diffusers(key: Key) -> str | None:
     if is_whole or key.stem != name:
         return f"knows `{name}`, and not `{key.stem}`"
     if key.role in LYCORIS_ROLES:
-        return "is not asked to read LoHa or LoKr of split q, k, v"
+        return "is not known to read LoHa or LoKr as they stand"
     known = {"magnitude": re.compile(r"\.lora_magnitude_vector")}.get(key.role, _DIFFUSERS_HALVES)
     return None if known.fullmatch(key.suffix) else f"ignores `{key.suffix[1:]}`"
 
@@ -160,8 +160,12 @@ def _notes(consumer: Consumer, contents: LoRAContents, ignored: Mapping[str, str
     elif PEFT_CONFIG in contents.header.metadata and consumer.name != "diffusers":
         first = contents.modules[0].pieces[0]
         key, rank = next(iter(first.keys.values())), first.rank(contents.header)
-        if rank and "alpha" not in first.keys and (scale := contents.peft_scale(key, rank)) != 1:
+        scale = contents.peft_scale(key, rank) if rank and "alpha" not in first.keys else 1.0
+        if scale not in (0, 1):
             notes.append(
                 f"alpha in the metadata is ignored, so that the strength is {1 / scale:.4g} times what was trained"
             )
+    num_doras = sum(piece.is_dora for module in contents.modules for piece in module.pieces)
+    if consumer.name == "diffusers" and 0 < num_doras < sum(len(m.pieces) for m in contents.modules):
+        notes.append("modules that are no DoRA are made one, since PEFT knows all or none")
     return notes

@@ -205,3 +205,6 @@ def test_strength_that_a_program_gets_wrong_is_told(golden: Path, tmp_path: Path
     found = _judge(path)
     assert "row lengths are left out" in found["sd_scripts"].notes[0]
     assert found["comfyui"].notes == ()
+    to_out = f"{key}.lora_magnitude_vector"
+    save_file(diffusers | {to_out: torch.ones(96)}, path)
+    assert "are made one" in _judge(path)["diffusers"].notes[0]
