@@ -8,6 +8,7 @@ import json
 
 from hyimg import hookspecs
 from hyimg.cli import commands as cli_commands
+from hyimg.cli.flags import flag_of
 from hyimg.config import commands as configs
 from hyimg.config.legacy import LEGACY
 from hyimg.config.option import Option, groups_of, options_of
@@ -27,6 +28,7 @@ COMMANDS = {
     "sample": configs.SampleConfig,
     "infer": configs.InferConfig,
     "convert-comfy": configs.ConvertComfyConfig,
+    "merge": configs.MergeConfig,
     "inspect-modules": configs.InspectModulesConfig,
     "check": configs.CheckConfig,
     "download-models": configs.DownloadModelsConfig,
@@ -145,7 +147,7 @@ def hooks_page() -> str:
 def _row(option: Option, required: bool) -> str:
     traits = option.traits
     name = f"`{option.name.upper()}`" if traits.argument else f"`--{option.name}`"
-    names = ", ".join([name, *(f"`--{alias}`" for alias in traits.aliases)])
+    names = ", ".join([name, *(f"`{flag_of(alias)}`" for alias in traits.aliases)])
     metavar = option.metavar.replace("|", " \\| ") + (" ..." if option.many else "")
     default = "required" if required else _default(option)
     meaning = traits.help

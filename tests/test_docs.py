@@ -52,6 +52,8 @@ def test_commands_in_the_docs_parse(page, monkeypatch, capsys):
             "convert-comfy",
             "inspect-modules",
             "download-models",
+            "merge",
+            "check",
             "demo",
         ):
             try:

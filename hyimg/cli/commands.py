@@ -15,6 +15,7 @@ from hyimg.config.commands import (
     InferConfig,
     InspectModulesConfig,
     MakeTinyModelConfig,
+    MergeConfig,
     PluginsConfig,
     SampleConfig,
     TrainConfig,
@@ -65,10 +66,17 @@ def infer(config: InferConfig, report: Reporter) -> None:
 
 
 def convert_comfy(config: ConvertComfyConfig, report: Reporter) -> None:
-    """Convert a LoRA file to ComfyUI's names, or back."""
+    """Convert a LoRA file to ComfyUI's names, or from any tool's form to any other's."""
     from hyimg.stages.convert_comfy import convert_comfy
 
     convert_comfy(config, report)
+
+
+def merge(config: MergeConfig, report: Reporter) -> None:
+    """Merge LoRA files into one, each with a weight: nothing is lost, unless a rank is given."""
+    from hyimg.stages.merge import merge
+
+    merge(config, report)
 
 
 def inspect_modules(config: InspectModulesConfig, report: Reporter) -> None:
@@ -79,7 +87,7 @@ def inspect_modules(config: InspectModulesConfig, report: Reporter) -> None:
 
 
 def check(config: CheckConfig, report: Reporter) -> None:
-    """Look into a LoRA file: ranks, alphas, norms, values that are no numbers, and what fp8 would leave of it."""
+    """Look into a LoRA file: which programs load it and what they drop, ranks, norms, what is broken."""
     from hyimg.stages.check import check
 
     check(config, report)

@@ -33,7 +33,8 @@ class StageCommand(TyperCommand):
     """A command that takes several values after one flag and knows the reference tool's flags.
 
     `--lora_weight a b` is read as `--lora_weight a --lora_weight b`. Where a command has positional arguments, the
-    first words that do not stand right behind an option are these.
+    first words that do not stand right behind an option are these; where it takes any number of them, those before
+    the first option of several values.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -49,10 +50,12 @@ class StageCommand(TyperCommand):
         many = {_normal(o) for p in options if p.multiple for o in p.opts}
         args, ctx.meta["hyimg.off"] = _take_negations(args, options)
         ctx.meta["hyimg.notes"] = notes
-        arguments = [str(p.name) for p in self.params if isinstance(p, TyperArgument)]
-        args = _take_named_argument(args, arguments)
+        arguments = [p for p in self.params if isinstance(p, TyperArgument)]
+        args = _take_named_argument(args, [str(p.name) for p in arguments])
         takes_value = {_normal(o) for p in options if not p.is_flag for o in p.opts}
-        return super().parse_args(ctx, _repeat_flags(args, many, takes_value, len(arguments)))
+        return super().parse_args(
+            ctx, _repeat_flags(args, many, takes_value, sum(p.nargs == 1 for p in arguments))
+        )
 
 
 def take_traceback(args: list[str], options: list[TyperOption]) -> tuple[list[str], bool]:
@@ -92,8 +95,10 @@ def _repeat_flags(args: list[str], many: set[str], takes_value: set[str], num_ar
             name = _normal(word.partition("=")[0])
             flag = word if name in many and "=" not in word else None
             is_value = name in takes_value and "=" not in word
-        elif is_value or _is_short_flag(word):
+        elif is_value:
             is_value = False
+        elif _is_short_flag(word):
+            flag, is_value = None, word in takes_value
         elif num_arguments:
             num_arguments -= 1
         elif flag is not None:
@@ -162,7 +167,7 @@ def _parameter(opt: Option, required: bool) -> inspect.Parameter:
 
 
 def _option(opt: Option, help: str) -> Any:
-    names = [f"--{name}" for name in (opt.name, *opt.traits.aliases)]
+    names = [flag_of(name) for name in (opt.name, *opt.traits.aliases)]
     return typer.Option(
         *names,
         help=help,
@@ -172,6 +177,11 @@ def _option(opt: Option, help: str) -> Any:
         hidden=_is_hidden(opt),
         autocompletion=(lambda: list(opt.traits.choices)) if opt.traits.choices else None,
     )
+
+
+def flag_of(name: str) -> str:
+    """`--name`, and `-n` for a single letter."""
+    return f"--{name}" if len(name) > 1 else f"-{name}"
 
 
 def _is_hidden(opt: Option) -> bool:

@@ -31,6 +31,7 @@ from hyimg.config.tools import (
     Download,
     Forecast,
     Inspection,
+    Merging,
     PluginList,
     TinyModel,
 )
@@ -140,6 +141,13 @@ class ConvertComfyConfig:
     REQUIRED: ClassVar[tuple[str, ...]] = ("source", "destination")
 
     conversion: Conversion = field(default_factory=Conversion)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    REQUIRED: ClassVar[tuple[str, ...]] = ("loras", "output")
+
+    merging: Merging = field(default_factory=Merging)
 
 
 @dataclass(frozen=True, kw_only=True)

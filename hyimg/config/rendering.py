@@ -7,8 +7,6 @@ from pathlib import Path
 
 from hyimg.config.option import MAX_SEED, option
 
-_LYCORIS = "leave it out for now"
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAFiles:
@@ -35,7 +33,11 @@ class LoRAFiles:
         help="save the DiT with the LoRAs merged, in the names and types of its file; without a prompt nothing is "
         "rendered",
     )
-    lycoris: bool = option(False, help="the LoRA files are LyCORIS files", later=_LYCORIS)
+    lycoris: bool = option(
+        False,
+        help="changes nothing: LoHa and LoKr files are recognised by themselves",
+        note="LoHa and LoKr files are recognised by themselves",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,36 @@ class Conversion:
         None, choices=("comfy", "kohya", "diffusers", "peft"), help="format to write (not given: comfy)"
     )
     reverse: bool = option(False, help="the same as `--to kohya`")
+    max_rank: int | None = option(
+        None,
+        minimum=1,
+        help="give no module a larger rank than this: the closest LoRA of it is made, and the error told; also of "
+        "a LoHa or LoKr, where the format cannot hold it",
+    )
+    allow_partial: bool = option(
+        False, help="leave out what stands on no module that a LoRA of this model can, and name it"
+    )
     overwrite: bool = option(False, help="replace the destination")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merging:
+    """Merging."""
+
+    loras: tuple[Path, ...] = option((), is_input=True, argument=True, help="LoRA files, in any formats")
+    weights: tuple[float, ...] = option((), help="a weight each, or one for all (not given: 1)")
+    output: Path | None = option(None, aliases=("o",), help="file to write")
+    to: str = option("kohya", choices=("comfy", "kohya", "diffusers", "peft"), help="format to write")
+    max_rank: int | None = option(
+        None,
+        minimum=1,
+        help="give no module a larger rank than this: the closest LoRA of it is made, and the error told (not "
+        "given: ranks add up, and nothing is lost)",
+    )
+    allow_partial: bool = option(
+        False, help="leave out what stands on no module that a LoRA of this model can, and name it"
+    )
+    overwrite: bool = option(False, help="replace the output")
 
 
 @dataclass(frozen=True, kw_only=True)

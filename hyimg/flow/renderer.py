@@ -165,23 +165,27 @@ def check_loras(paths: Sequence[Path], arch: DiTArch) -> None:
 
     Raises HyimgError for one that is damaged, of a model of another width, or with modules that the DiT lacks.
     """
-    known = {module.name for module in linear_modules(arch)}
     for path in paths:
-        contents = LoRAContents.open(path)
-        hidden = contents.hidden
-        if hidden != arch.hidden:
-            raise HyimgError(
-                f"`{path}` is a LoRA for a model of width {hidden}, and the DiT's is {arch.hidden}",
-                hint="give a LoRA that was trained on this model",
-            )
-        strange = [module.name for module in contents.modules if module.name not in known]
-        if strange:
-            more = f" and {len(strange) - 1} more like it" if len(strange) > 1 else ""
-            raise HyimgError(
-                f"`{path}` is a LoRA for a deeper model: it adapts `{strange[0]}`{more}, which the DiT has not "
-                f"({arch.num_double} double and {arch.num_single} single blocks)",
-                hint="give a LoRA that was trained on this model",
-            )
+        check_contents(LoRAContents.open(path), arch)
+
+
+def check_contents(contents: LoRAContents, arch: DiTArch) -> None:
+    """The same for a LoRA file whose header was read already."""
+    path, hidden = contents.path, contents.hidden
+    if hidden != arch.hidden:
+        raise HyimgError(
+            f"`{path}` is a LoRA for a model of width {hidden}, and the DiT's is {arch.hidden}",
+            hint="give a LoRA that was trained on this model",
+        )
+    known = {module.name for module in linear_modules(arch)}
+    strange = [module.name for module in contents.modules if module.name not in known]
+    if strange:
+        more = f" and {len(strange) - 1} more like it" if len(strange) > 1 else ""
+        raise HyimgError(
+            f"`{path}` is a LoRA for a deeper model: it adapts `{strange[0]}`{more}, which the DiT has not "
+            f"({arch.num_double} double and {arch.num_single} single blocks)",
+            hint="give a LoRA that was trained on this model",
+        )
 
 
 def settings_of(

@@ -1,4 +1,5 @@
 """LoRA: the adapter and the network of adapters, the patterns that plan it, and its file formats.
 
-`formats`, `contents`, `rewriting`, `writer`, `file`, `patterns`, `plan` and `inspection` work without torch.
+`formats`, `pieces`, `contents`, `terms`, `compression`, `rewriting`, `writer`, `file`, `consumers`, `patterns`, `plan`
+and `inspection` work without torch.
 """

@@ -119,6 +119,11 @@ class Adapter(nn.Module):
         return [("", list(self.parameters()))]
 
     @torch.no_grad()
+    def merged(self, weight_OI: Tensor, multiplier: float = 1.0) -> Tensor:
+        """The weight with which a Linear does what `weight_OI` and the adapter do together; float32."""
+        return weight_OI.float() + multiplier * self.delta().to(weight_OI.device)
+
+    @torch.no_grad()
     def update_norm(self) -> Tensor:
         """The Frobenius norm of `delta()`, a float32 scalar where the adapter is."""
         norm: Tensor = torch.linalg.vector_norm(self.delta())

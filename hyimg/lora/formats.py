@@ -10,6 +10,8 @@ one more column of `TARGETS`.
     peft       diffusion_model.double_blocks.0.img_mlp.0.lora_A.weight       .lora_B.weight
     diffusers  transformer.transformer_blocks.0.ff.net.0.proj.lora_A.weight  .lora_B.weight
 
+What is read is wider: any of the prefixes, spellings and roles below, in any mixture.
+
 The names agree with tests/golden/keymap.json and tests/golden/lora_*.safetensors.
 """
 
@@ -33,7 +35,8 @@ MLP: Width = (0, 1)
 class Target:
     """A Linear of a block that a LoRA can stand on, in every spelling.
 
-    `diffusers` has one name for each row range of the fused weight; `part_widths` are their heights.
+    `diffusers` has one name for each row range of the fused weight; `part_widths` are their heights. `official`
+    names the same ranges as Tencent's code has them in memory, where it differs from `original`.
     """
 
     block: str
@@ -42,6 +45,7 @@ class Target:
     diffusers: tuple[str, ...]
     in_width: Width
     part_widths: tuple[Width, ...]
+    official: tuple[str, ...] = ()
 
     @property
     def out_width(self) -> Width:
@@ -57,6 +61,7 @@ TARGETS: tuple[Target, ...] = (
         ("attn.to_q", "attn.to_k", "attn.to_v"),
         HIDDEN,
         (HIDDEN, HIDDEN, HIDDEN),
+        ("img_attn_q", "img_attn_k", "img_attn_v"),
     ),
     Target("double_blocks", "img_attn_proj", "img_attn.proj", ("attn.to_out.0",), HIDDEN, (HIDDEN,)),
     Target("double_blocks", "img_mlp.fc1", "img_mlp.0", ("ff.net.0.proj",), HIDDEN, (MLP,)),
@@ -69,6 +74,7 @@ TARGETS: tuple[Target, ...] = (
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
         HIDDEN,
         (HIDDEN, HIDDEN, HIDDEN),
+        ("txt_attn_q", "txt_attn_k", "txt_attn_v"),
     ),
     Target("double_blocks", "txt_attn_proj", "txt_attn.proj", ("attn.to_add_out",), HIDDEN, (HIDDEN,)),
     Target("double_blocks", "txt_mlp.fc1", "txt_mlp.0", ("ff_context.net.0.proj",), HIDDEN, (MLP,)),
@@ -80,8 +86,9 @@ TARGETS: tuple[Target, ...] = (
         ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
         HIDDEN,
         (HIDDEN, HIDDEN, HIDDEN, MLP),
+        ("linear1_q", "linear1_k", "linear1_v", "linear1_mlp"),
     ),
-    Target("single_blocks", "linear2", "linear2", ("proj_out",), (1, 1), (HIDDEN,)),
+    Target("single_blocks", "linear2", "linear2", ("proj_out",), (1, 1), (HIDDEN,), ("linear2.fc",)),
     Target("single_blocks", "modulation.linear", "modulation.lin", ("norm.linear",), HIDDEN, ((3, 0),)),
 )
 
@@ -102,14 +109,27 @@ class Format:
     up: str
     has_alpha: bool
     """Whether an `.alpha` tensor scales the product by alpha/rank; else the scale is folded into `up`."""
-    has_extras: bool
-    """Whether the tensors of `EXTRA_ROLES` have a name in it."""
+    has_lycoris: bool
+    """Whether its readers know the tensors of LoHa and LoKr."""
+    magnitude: str | None
+    """What it calls the row lengths of a DoRA; None where its readers know none."""
     metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """What its readers expect in the file's metadata."""
 
     def role_name(self, role: str) -> str:
         """The end of a key: `lora_down.weight` for the role `down`."""
-        return {"down": self.down, "up": self.up}.get(role, role)
+        return {"down": self.down, "up": self.up, "magnitude": self.magnitude or role}.get(role, role)
+
+    def holds(self, role: str) -> bool:
+        """Whether it has a name for the role."""
+        if role in LOHA_ROLES | LOKR_ROLES:
+            return self.has_lycoris
+        return {"alpha": self.has_alpha, "magnitude": self.magnitude is not None}.get(role, True)
+
+    @property
+    def splits_rows(self) -> bool:
+        """Whether it has a module of its own for each row range of a fused weight."""
+        return self.spelling == "diffusers"
 
     def module_name(self, target: Target, index: int, part: int = 0) -> str:
         """A module's name with the prefix. `part` counts the row ranges, for the diffusers spelling."""
@@ -137,7 +157,8 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             down="lora_down.weight",
             up="lora_up.weight",
             has_alpha=True,
-            has_extras=True,
+            has_lycoris=True,
+            magnitude="dora_scale",
         ),
         "comfy": Format(
             name="comfy",
@@ -148,7 +169,8 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             down="lora_down.weight",
             up="lora_up.weight",
             has_alpha=True,
-            has_extras=True,
+            has_lycoris=True,
+            magnitude="dora_scale",
         ),
         "peft": Format(
             name="peft",
@@ -159,7 +181,8 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             down="lora_A.weight",
             up="lora_B.weight",
             has_alpha=False,
-            has_extras=False,
+            has_lycoris=False,
+            magnitude=None,
             metadata=_PT,
         ),
         "diffusers": Format(
@@ -171,34 +194,34 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             down="lora_A.weight",
             up="lora_B.weight",
             has_alpha=False,
-            has_extras=False,
+            has_lycoris=False,
+            magnitude="lora_magnitude_vector",
             metadata=_PT,
         ),
     }
 )
 
-EXTRA_ROLES = frozenset(
-    {"dora_scale"}
-    | {f"hada_{w}" for w in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
-    | {f"lokr_{w}" for w in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
+LOHA_ROLES = frozenset(f"hada_{w}" for w in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
+LOKR_ROLES = frozenset(f"lokr_{w}" for w in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2"))
+"""Tensors of LyCORIS's adapters, in its own words."""
+
+# A role's names. Between name and `.weight` PEFT puts the adapter's name, `default` unless told otherwise
+_ROLE_NAMES = {
+    "down": r"\.lora_down\.weight|\.lora_A(?:\.(?!bias)\w+)?|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight",
+    "up": r"\.lora_up\.weight|\.lora_B(?:\.(?!bias)\w+)?|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight",
+    "alpha": r"\.alpha",
+    "magnitude": r"\.dora_scale|\.lora_magnitude_vector(?:\.\w+)?",
+    **{role: rf"\.{role}(?:\.default)?" for role in (*sorted(LOHA_ROLES), *sorted(LOKR_ROLES))},
+}
+_KEY = re.compile(
+    r"(?P<module>.+?)(?:"
+    + "|".join(f"(?P<{role}>{names})" for role, names in _ROLE_NAMES.items())
+    + r")(?:\.weight)?"
 )
-"""Tensors of DoRA, LoHa and LoKr. They are carried by a change of names and never computed with."""
-
-_ROLES = {
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
-    "lora_A.default.weight": "down",
-    "lora_B.default.weight": "up",
-    "alpha": "alpha",
-} | {role: role for role in EXTRA_ROLES}
-
-_KEY = re.compile(r"(?P<module>.+?)\.(?P<role>" + "|".join(map(re.escape, _ROLES)) + ")")
 _MODULE = re.compile(
-    r"(?:lora_unet_|lora_transformer_|(?:base_model\.model\.)?(?:diffusion_model\.|transformer\.)?)"
+    r"(?:lora_unet_|lora_transformer_|lycoris_|(?:(?:base_model\.model|model|diffusion_model|transformer|unet)\.)*)"
     r"(?P<block>(?:double|single)_blocks|(?:single_)?transformer_blocks)"
-    r"(?P<separator>[._])(?P<index>\d+)[._](?P<rest>.+)"
+    r"[._](?P<index>\d+)[._](?P<rest>.+)"
 )
 
 
@@ -211,6 +234,9 @@ def _spellings() -> dict[tuple[str, str], tuple[Target, int | None]]:
         for part, rest in enumerate(target.diffusers):
             whole = len(target.diffusers) == 1
             table[DIFFUSERS_BLOCKS[target.block], rest.replace(".", "_")] = (target, None if whole else part)
+        for part, rest in enumerate(target.official):
+            whole = len(target.official) == 1
+            table[target.block, rest.replace(".", "_")] = (target, None if whole else part)
     return table
 
 
@@ -219,13 +245,22 @@ _TARGET_OF = _spellings()
 
 @dataclass(frozen=True)
 class Key:
-    """What a tensor's name says. `part` is the row range of a split module, None for a whole one."""
+    """What a tensor's name says. `part` is the row range of a split module, None for a whole one.
+
+    `text` is the name, `stem` what of it names the module, with the prefix.
+    """
 
     text: str
+    stem: str
     target: Target
     index: int
     part: int | None
     role: str
+
+    @property
+    def suffix(self) -> str:
+        """What of the name tells the role: `.lora_down.weight`."""
+        return self.text[len(self.stem) :]
 
     @property
     def module(self) -> str:
@@ -242,11 +277,14 @@ def parse_key(text: str) -> Key | None:
     """
     if (key := _KEY.fullmatch(text)) is None or (module := _MODULE.fullmatch(key["module"])) is None:
         return None
-    found = _TARGET_OF.get((module["block"], module["rest"].replace(".", "_")))
+    rest = module["rest"].replace(".processor.", ".").replace(".", "_")
+    found = _TARGET_OF.get((module["block"], rest))
     if found is None:
         return None
     target, part = found
-    return Key(text, target, int(module["index"]), part, _ROLES[key["role"]])
+    role = key.lastgroup
+    assert role is not None
+    return Key(text, key["module"], target, int(module["index"]), part, role)
 
 
 def matching_formats(keys: Iterable[Key]) -> list[str]:
@@ -262,7 +300,9 @@ def matching_formats(keys: Iterable[Key]) -> list[str]:
 
 
 def _spells(format: Format, key: Key) -> bool:
-    if key.part is None and format.spelling == "diffusers" and len(key.target.diffusers) > 1:
+    if key.part is None and format.splits_rows and len(key.target.diffusers) > 1:
+        return False
+    if not format.holds(key.role):
         return False
     return format.key(key.target, key.index, key.role, key.part or 0) == key.text
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyimg.lora.updates import Update
+from hyimg.lora.updates import AnyUpdate
 from hyimg.memory.fp8 import dequantize, quantize
 
 # Values of a weight that are worked on at a time: some temporaries of so many float32
@@ -62,7 +62,7 @@ def total(parts: Iterable[Survival]) -> Survival:
 
 
 @torch.no_grad()
-def survival(weight_OI: Tensor, update: Update) -> Survival:
+def survival(weight_OI: Tensor, update: AnyUpdate) -> Survival:
     """What of an update survives being merged into this base weight, and quantised; on the weight's device.
 
     Merged as `hyimg.lora.merge` does: the sum in float32, rounded to the weight's dtype.

@@ -5,14 +5,14 @@ Shapes: I input features, O output features
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from hyimg.lora.adapter import LoRA
+from hyimg.lora.base import Adapter
 from hyimg.lora.network import LoRANetwork
-from hyimg.lora.plan import ModulePlan
 from hyimg.model.dit import DiT
 from hyimg.model.loading import Placement, unscale
 
@@ -22,8 +22,9 @@ def delta(network: LoRANetwork) -> Mapping[str, Tensor]:
 
     Float32 (O, I). Equal to tests/golden/lora_deltas.safetensors for the LoRA files beside it.
     """
-    assert all(lora.magnitude is None for _, lora in _loras(network)), "a DoRA's depends on the weight"
-    return {f"{module.name}.weight": lora.delta() for module, lora in _loras(network)}
+    for _, adapter in network.adapters():
+        assert not (isinstance(adapter, LoRA) and adapter.magnitude), "a DoRA's depends on the weight"
+    return {f"{module.name}.weight": lora.delta() for module, lora in network.adapters()}
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def merge_into(dit: DiT, network: LoRANetwork, multiplier: float = 1.0) -> None:
     The sum is made in float32 on the weight's device and rounded once to the weight's dtype. The network is
     not attached by this, and must not be attached as well. Its own multipliers are not looked at.
     """
-    for module, lora in _loras(network):
+    for module, lora in network.adapters():
         weight_OI = dit.get_parameter(f"{module.name}.weight")
         assert weight_OI.dtype.itemsize >= 2, "beside an fp8 weight a LoRA acts live"
         weight_OI.copy_(lora.merged(weight_OI, multiplier))
@@ -49,9 +50,9 @@ class MergingPlacement(Placement):
     def __init__(self, inner: Placement, networks: Sequence[tuple[LoRANetwork, float]]) -> None:
         super().__init__(inner.device, inner.dtype)
         self.inner = inner
-        self._merges: dict[str, list[tuple[LoRA, float]]] = {}
+        self._merges: dict[str, list[tuple[Adapter, float]]] = {}
         for network, multiplier in networks:
-            for module, lora in _loras(network):
+            for module, lora in network.adapters():
                 self._merges.setdefault(f"{module.name}.weight", []).append((lora, multiplier))
 
     def read_on(self, name: str) -> torch.device:
@@ -69,10 +70,3 @@ class MergingPlacement(Placement):
         if self.inner.dtype is None:
             merged = merged.to(tensor.dtype)
         self.inner.put(model, name, merged)
-
-
-def _loras(network: LoRANetwork) -> Iterator[tuple[ModulePlan, LoRA]]:
-    """The adapters of a network that was read from a LoRA file."""
-    for module, lora in network.adapters():
-        assert isinstance(lora, LoRA)
-        yield module, lora

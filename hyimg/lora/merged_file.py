@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hyimg.errors import HyimgError
-from hyimg.lora.adapter import LoRA
+from hyimg.lora.base import Adapter
 from hyimg.lora.network import LoRANetwork
 from hyimg.lora.writer import OutputTensor, stored_chunks, write_tensors
 from hyimg.model.header_check import read_dit
@@ -27,7 +27,7 @@ from hyimg.report import Reporter, Task
 MERGED_KEY = "hyimg_merged_loras"
 """The metadata key under which a merged file tells its LoRAs, as JSON."""
 
-Merges = Sequence[tuple[LoRA, float]]
+Merges = Sequence[tuple[Adapter, float]]
 
 
 def refuse_merging_into_fp8(dit: Path, option: str, hint: str) -> None:
@@ -54,7 +54,7 @@ def save_merged(
     """
     checkpoint = Checkpoint.open(dit, mmap=False)
     key_map = read_dit(checkpoint).key_map
-    merges: dict[str, list[tuple[LoRA, float]]] = {}
+    merges: dict[str, list[tuple[Adapter, float]]] = {}
     for network, multiplier in networks:
         for module, lora in network.adapters():
             merges.setdefault(f"{module.name}.weight", []).append((lora, multiplier))

@@ -16,6 +16,7 @@ from hyimg.lora.adapter import LoRA
 from hyimg.lora.base import Adapter
 from hyimg.lora.dropout import Dropout, DropoutRates
 from hyimg.lora.file import read_lora, require_finite
+from hyimg.lora.lycoris import lycoris_adapters
 from hyimg.lora.plan import ModulePlan, plan_from_state, plan_network
 from hyimg.model.architecture import DiTArch
 from hyimg.model.dit import DiT
@@ -78,18 +79,45 @@ class LoRANetwork(nn.Module):
     def read(path: str | os.PathLike[str], arch: DiTArch) -> LoRANetwork:
         """A file in any LoRA format as a network with the file's ranks and alphas, in float32, not attached.
 
+        A file's LoHas and LoKrs act and merge as well, and are not trained or saved.
+
         Raises `HyimgError` for what `read_lora` refuses, for weights that are not finite, and for a LoRA of a
         model of another size.
         """
-        state = read_lora(path)
+        state = read_lora(path, lycoris=True)
         require_finite(path, state)
+        others = lycoris_adapters(linear_modules(arch), state)
+        taken = tuple(f"{module.lora_name}." for module, _ in others)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(taken)}
         plan = plan_from_state(linear_modules(arch), state)
         network = LoRANetwork(plan) if any(module.rank for module in plan) else None
-        if network is None or (problem := network.misfit(state)):
-            problem = problem if network else "none of its modules is in the model"
+        if network is not None and (problem := network.misfit(state)):
             raise HyimgError(f"`{path}` does not fit the model: {problem}")
-        network.load_state(state)
+        for module, adapter in others:
+            if adapter.shape != (module.out_features, module.in_features):
+                raise HyimgError(
+                    f"`{path}` does not fit the model: `{module.name}` has the shape {list(adapter.shape)} where "
+                    f"it needs {[module.out_features, module.in_features]}"
+                )
+        if network is None and (state or not others):
+            raise HyimgError(f"`{path}` does not fit the model: none of its modules is in the model")
+        if network is not None:
+            network.load_state(state)
+        return network.joined(others) if network is not None else LoRANetwork.of(others)
+
+    @staticmethod
+    def of(adapters: Sequence[tuple[ModulePlan, Adapter]]) -> LoRANetwork:
+        """A network of adapters that are there already, in model order, of any kinds."""
+        network = LoRANetwork.__new__(LoRANetwork)
+        nn.Module.__init__(network)
+        network.plan = tuple(module for module, _ in adapters)
+        for module, lora in adapters:
+            network.add_module(module.lora_name, lora)
         return network
+
+    def joined(self, others: Sequence[tuple[ModulePlan, Adapter]]) -> LoRANetwork:
+        """This network's adapters and others, of other modules."""
+        return LoRANetwork.of([*self.adapters(), *others]) if others else self
 
     def adapters(self) -> Iterator[tuple[ModulePlan, Adapter]]:
         """Every adapter with its plan, in model order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING
 
 from hyimg.errors import HyimgError
@@ -16,13 +17,24 @@ if TYPE_CHECKING:
     Values = NDArray[np.float64]
 
 # bfloat16 is missing in numpy: it is the upper half of a float32
-_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+_NUMPY_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+}
+# Nor are the 8-bit floats: exponent and mantissa bits, and whether the top exponent holds infinity
+_FP8_BITS = {"F8_E4M3": (4, 3, False), "F8_E5M2": (5, 2, True)}
 
 
 def read_values(header: Header, key: str, rows: tuple[int, int] | None = None) -> Values:
     """A tensor of a file in its shape, or some rows of it.
 
-    Raises `HyimgError` for a dtype that is not computed with (fp8).
+    Raises `HyimgError` for a dtype that is no number.
     """
     import numpy as np
 
@@ -36,19 +48,55 @@ def read_values(header: Header, key: str, rows: tuple[int, int] | None = None) -
     if info.dtype == "BF16":
         wide = np.frombuffer(raw, dtype="<u2").astype("<u4") << np.uint32(16)
         return wide.view("<f4").astype(np.float64).reshape(shape)
+    if info.dtype in _FP8_BITS:
+        return _fp8_values(*_FP8_BITS[info.dtype])[np.frombuffer(raw, dtype=np.uint8)].reshape(shape)
     if info.dtype not in _NUMPY_DTYPES:
         raise HyimgError(
             f"`{key}` in `{header.path}` has the dtype {info.dtype}, which cannot be computed with",
-            hint="only a change of names can carry it; save the LoRA in bf16, fp16 or fp32",
+            hint="save the LoRA in bf16, fp16 or fp32",
         )
     return np.frombuffer(raw, dtype=_NUMPY_DTYPES[info.dtype]).astype(np.float64).reshape(shape)
 
 
 def encode(values: Values, dtype: str) -> bytes:
-    """The bytes of `values` in a file's dtype, row-major. BF16 is for values that it holds exactly."""
+    """The bytes of `values` in a file's dtype, row-major, rounded to the nearest and ties to even."""
+    import numpy as np
+
     if dtype == "BF16":
-        return (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+        bits = values.astype("<f4").view("<u4")
+        rounded = (bits + (((bits >> 16) & np.uint32(1)) + np.uint32(0x7FFF))) >> 16
+        # the carry of a NaN's bits could run over into infinity or zero
+        return np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2").tobytes()
     return values.astype(_NUMPY_DTYPES[dtype]).tobytes()
+
+
+def rounded(values: Values, dtype: str) -> Values:
+    """`values` as a file of that dtype holds them."""
+    import numpy as np
+
+    raw = encode(values, dtype)
+    if dtype == "BF16":
+        wide = np.frombuffer(raw, dtype="<u2").astype("<u4") << np.uint32(16)
+        return wide.view("<f4").astype(np.float64).reshape(values.shape)
+    return np.frombuffer(raw, dtype=_NUMPY_DTYPES[dtype]).astype(np.float64).reshape(values.shape)
+
+
+@cache
+def _fp8_values(exponent_bits: int, mantissa_bits: int, has_infinity: bool) -> Values:
+    """The value of each of the 256 bytes (Micikevicius et al., arXiv 2209.05433, table 1)."""
+    import numpy as np
+
+    byte = np.arange(256)
+    mantissa = (byte & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
+    exponent = (byte >> mantissa_bits) & ((1 << exponent_bits) - 1)
+    bias = (1 << (exponent_bits - 1)) - 1
+    values = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
+    top = exponent == (1 << exponent_bits) - 1
+    if has_infinity:
+        values = np.where(top, np.where(mantissa == 0, np.inf, np.nan), values)
+    else:  # e4m3 as torch has it, "fn": only the very last is no number
+        values = np.where(byte & 0x7F == 0x7F, np.nan, values)
+    return np.where(byte & 0x80, -values, values)
 
 
 def widened(dtype: str, scale: float) -> str:

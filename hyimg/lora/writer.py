@@ -22,7 +22,8 @@ from hyimg.cache.atomic import atomic_path
 from hyimg.errors import RunError
 from hyimg.model.safetensors_file import DTYPES
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16
+"""A chunk that is still in the processor's cache when it is hashed and written."""
 _LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
 
 # The order in which the safetensors library lays out dtypes, and names within one

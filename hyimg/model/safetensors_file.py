@@ -366,7 +366,10 @@ def _listed(texts: Sequence[str], *, quoted: bool = True) -> str:
 
 # What a name of this kind of file contains and no other's does; the first kind that fits is taken
 _MARKS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
-    ("lora", (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".hada_w1_", ".lokr_w1")),
+    (
+        "lora",
+        (".lora_down.", ".lora_up.", ".lora_A", ".lora_B", "lora.down.", "lora.up.", ".hada_w1_", ".lokr_w1"),
+    ),
     ("dit", ("double_blocks.", "single_blocks.", "single_transformer_blocks.")),
     ("vae", ("encoder.down", "decoder.up", "decoder.mid")),
     ("byt5", ("encoder.block.",)),

@@ -1,23 +1,22 @@
-"""`hyimg check LORA`: what is in a LoRA file, and what would be left of it in an fp8 model."""
+"""`hyimg check LORA`: what is in a LoRA file, who loads how much of it, and what would be left in an fp8 model."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from hyimg.config.commands import CheckConfig
 from hyimg.errors import HyimgError
-from hyimg.flow.renderer import check_loras
+from hyimg.flow.renderer import check_contents
+from hyimg.lora.consumers import CONSUMERS, Verdict
 from hyimg.lora.contents import LoRAContents
-from hyimg.lora.fp8_survival import Survival, survival, total
-from hyimg.lora.updates import Update, read_updates
+from hyimg.lora.file_report import LoRAReport, report_file
+from hyimg.lora.fp8_survival import Survival, survival
+from hyimg.lora.updates import AnyUpdate, read_updates
 from hyimg.memory.device import resolve_device
 from hyimg.memory.fp8 import require_fp8_device
 from hyimg.memory.fp8_report import layer_kind
@@ -25,30 +24,8 @@ from hyimg.model.loading import check_dit, read_dit_tensors
 from hyimg.report import Reporter, count_text
 
 
-@dataclass(frozen=True)
-class KindReport:
-    """The modules of one kind (`linear1`), or all of them; `fp8` where that was asked for."""
-
-    kind: str
-    num_modules: int
-    ranks: Mapping[int, int]
-    alphas: Mapping[float, int]
-    norm: float
-    fp8: Survival | None
-
-
-@dataclass(frozen=True)
-class LoRAReport:
-    """What `check` found; `not_finite` are the modules with values that are no numbers."""
-
-    formats: tuple[str, ...]
-    kinds: tuple[KindReport, ...]
-    all: KindReport
-    not_finite: tuple[str, ...]
-
-
 def check(config: CheckConfig, report: Reporter) -> LoRAReport:
-    """Prints ranks, alphas and norms of a LoRA file by layer kind; with `--fp8`, what merging would leave.
+    """Prints which programs load a LoRA file, its ranks, alphas and norms; with `--fp8`, what merging would leave.
 
     Raises HyimgError for what is no LoRA of this model, or not of this `--dit`.
     """
@@ -56,40 +33,44 @@ def check(config: CheckConfig, report: Reporter) -> LoRAReport:
     assert path is not None
     if config.check.fp8 and dit is None:
         raise HyimgError("`--fp8` needs the base model", hint="give its file with `--dit`")
-    contents = LoRAContents.open(path)
+    contents = LoRAContents.open(path, allow_partial=True)
     if dit is not None:
-        check_loras([path], check_dit(dit))
+        check_contents(contents, check_dit(dit))
     device = resolve_device(config.check.device)
     if config.check.fp8:
         require_fp8_device(device)
-    updates = read_updates(path)
-    not_finite = tuple(update.name for update in updates if not update.is_finite)
-    if not_finite:
-        report.warning(
-            f"{count_text(len(not_finite), 'module')} of `{path}` have values that are no numbers: "
-            + ", ".join(f"`{name}`" for name in not_finite[:3])
-            + (", ..." if len(not_finite) > 3 else "")
-        )
-    finite = [update for update in updates if update.name not in not_finite]
+    updates = read_updates(contents)
+    _warn(contents, updates, report)
     survivals: Mapping[str, Survival] = {}
     if config.check.fp8:
         assert dit is not None
-        survivals = _survivals(dit, finite, device, report)
-    by_kind = sorted(finite, key=lambda update: layer_kind(update.name))
-    kinds = tuple(
-        _report(kind, list(group), survivals)
-        for kind, group in groupby(by_kind, key=lambda update: layer_kind(update.name))
-    )
-    found = LoRAReport(contents.formats, kinds, _report("all", finite, survivals), not_finite)
+        survivals = _survivals(dit, [update for update in updates if update.is_finite], device, report)
+    found = report_file(contents, updates, survivals)
     if config.check.json:
-        _print_json(found, path)
+        json.dump(found.as_json(), sys.stdout, indent=2)
+        print()
     else:
-        _print_table(found)
+        _print(found)
     return found
 
 
+def _warn(contents: LoRAContents, updates: Sequence[AnyUpdate], report: Reporter) -> None:
+    path = contents.path
+    not_finite = [update.name for update in updates if not update.is_finite]
+    if not_finite:
+        report.warning(
+            f"{count_text(len(not_finite), 'module')} of `{path}` have values that are no numbers: "
+            + _names(not_finite)
+        )
+    if contents.unmapped:
+        report.warning(
+            f"{count_text(len(contents.unmapped), 'tensor')} of `{path}` stand on no module that a LoRA of this "
+            f"model can, and count for nothing here: {_names(contents.unmapped)}"
+        )
+
+
 def _survivals(
-    dit: Path, updates: Sequence[Update], device: torch.device, report: Reporter
+    dit: Path, updates: Sequence[AnyUpdate], device: torch.device, report: Reporter
 ) -> dict[str, Survival]:
     """By module, reading one base weight at a time."""
     survivals = {}
@@ -101,43 +82,7 @@ def _survivals(
     return survivals
 
 
-def _report(kind: str, updates: Sequence[Update], survivals: Mapping[str, Survival]) -> KindReport:
-    return KindReport(
-        kind,
-        len(updates),
-        dict(sorted(Counter(update.rank for update in updates).items())),
-        dict(sorted(Counter(update.alpha for update in updates).items())),
-        sum(update.norm() ** 2 for update in updates) ** 0.5,
-        total(survivals[update.name] for update in updates) if survivals else None,
-    )
-
-
-def _print_json(found: LoRAReport, path: Path) -> None:
-    document = {
-        "file": str(path),
-        "formats": list(found.formats),
-        "kinds": [_as_json(kind) for kind in found.kinds],
-        "all": _as_json(found.all),
-        "not_finite": list(found.not_finite),
-    }
-    json.dump(document, sys.stdout, indent=2)
-    print()
-
-
-def _as_json(kind: KindReport) -> dict[str, object]:
-    entry: dict[str, object] = {
-        "kind": kind.kind,
-        "modules": kind.num_modules,
-        "ranks": {str(rank): count for rank, count in kind.ranks.items()},
-        "alphas": {f"{alpha:g}": count for alpha, count in kind.alphas.items()},
-        "norm": kind.norm,
-    }
-    if kind.fp8 is not None:
-        entry["fp8"] = {"survives": kind.fp8.share, "relative_error": kind.fp8.relative_error}
-    return entry
-
-
-def _print_table(found: LoRAReport) -> None:
+def _print(found: LoRAReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -153,12 +98,46 @@ def _print_table(found: LoRAReport) -> None:
             cells += [f"{kind.fp8.share:.1%}", f"{kind.fp8.relative_error:.0%}"]
         table.add_row(kind.kind, *cells)
     console.print(table)
-    console.print(f"format: {', '.join(found.formats) or 'names of another tool'}")
+    lines = [
+        f"format: {', '.join(found.formats) or 'names of another tool'}",
+        "adapters: " + _counts(found.adapters),
+        "tensors: " + _counts(found.dtypes),
+    ]
+    if found.zero:
+        lines.append(f"{count_text(len(found.zero), 'module')} change nothing (zeros): {_names(found.zero)}")
+    lines += [_verdict_line(verdict, found) for verdict in found.consumers]
+    lines += [f"{name}: {value}" for name, value in found.training.items()]
     if found.all.fp8 is not None:
-        console.print(
+        lines.append(
             f"{found.all.fp8.share:.1%} of the update would survive being merged into an fp8 model (squared cosine "
             "between what changes and what should); applied beside it, as `hyimg infer` does, all of it acts"
         )
+    for line in lines:
+        console.print(line, markup=False)
+
+
+def _verdict_line(verdict: Verdict, found: LoRAReport) -> str:
+    """How much of the file a program applies, why not all, and how to change that."""
+    num_modules = len(verdict.applied) + len(verdict.dropped)
+    parts = [f"{verdict.title}: applies {len(verdict.applied)} of {num_modules} modules"]
+    if verdict.dropped:
+        kinds = ", ".join(sorted({layer_kind(name) for name in verdict.dropped}))
+        why = next(iter(verdict.dropped.values()))
+        parts.append(f"drops {kinds}, since it {why}" if verdict.applied else f"it {why}")
+    parts += verdict.notes
+    if verdict.loads != "all":
+        (format,) = (consumer.format for consumer in CONSUMERS if consumer.name == verdict.consumer)
+        if found.formats != (format,):
+            parts.append(f"`hyimg convert-comfy FILE OUT --to {format}` makes a file for it")
+    return "; ".join(parts)
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _listed(values: Iterable[float]) -> str:

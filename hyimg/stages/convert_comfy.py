@@ -1,15 +1,15 @@
-"""`hyimg convert-comfy`: a LoRA file in another tool's names."""
+"""`hyimg convert-comfy`: a LoRA file in another tool's form."""
 
 from __future__ import annotations
 
 from hyimg.config.commands import ConvertComfyConfig
 from hyimg.errors import HyimgError
-from hyimg.lora.file import Conversion, convert
+from hyimg.lora.file import Conversion, convert, describe, require_new_file
 from hyimg.report import Reporter
 
 
 def convert_comfy(config: ConvertComfyConfig, report: Reporter) -> Conversion:
-    """Converts `source` to `destination`; says what it found and how many modules there were.
+    """Converts `source` to `destination`; says what it found, what it left out, and what a smaller rank cost.
 
     Raises HyimgError for what `hyimg.lora.file.convert` refuses, and for a destination that exists.
     """
@@ -20,15 +20,16 @@ def convert_comfy(config: ConvertComfyConfig, report: Reporter) -> Conversion:
         raise HyimgError(
             f"`--reverse` means `--to kohya`, but `--to {options.to}` was given", hint="leave one out"
         )
-    if options.destination.suffix.lower() != ".safetensors":
-        raise HyimgError(
-            f"`{options.destination}` does not end with `.safetensors`, which is what is written",
-            hint=f"give a file name, say `{options.source.stem}-converted.safetensors`",
-        )
-    target = "kohya" if options.reverse else options.to or "comfy"
-    if options.destination.exists() and not options.overwrite:
-        raise HyimgError(f"`{options.destination}` exists", hint="give another name, or `--overwrite`")
-    done = convert(options.source, options.destination, to=target)
+    require_new_file(options.destination, example=options.source, overwrite=options.overwrite)
+    done = convert(
+        options.source,
+        options.destination,
+        to="kohya" if options.reverse else options.to or "comfy",
+        max_rank=options.max_rank,
+        allow_partial=options.allow_partial,
+    )
     source = done.source_format or "another tool's names"
     report.note(f"{options.destination}: {done.num_modules} modules, {source} to {done.target_format}")
+    for line in describe(done):
+        report.note(line)
     return done

@@ -166,14 +166,6 @@ def test_magnitudes_are_read_by_rows_only(golden: Path, tmp_path: Path, load: Lo
         read_lora(src)
 
 
-def test_loha_and_lokr_are_not_read_as_a_lora(golden: Path, tmp_path: Path, load: Load) -> None:
-    state, _ = load(_golden(golden, "kohya"))
-    state["lora_unet_double_blocks_0_img_mlp_fc1.hada_w1_a"] = torch.rand(2, 2)
-    save_file(state, tmp_path / "src.safetensors")
-    with pytest.raises(HyimgError, match=r"hada_w1_a.*which LoRA cannot hold"):
-        read_lora(tmp_path / "src.safetensors")
-
-
 def test_magnitudes_keep_their_precision_in_a_half_precision_file(tmp_path: Path, load: Load) -> None:
     state = {"lora_unet_x.lora_up.weight": torch.rand(3, 2), "lora_unet_x.dora_scale": torch.rand(3, 1)}
     save_lora(tmp_path / "lora.safetensors", state, dtype=torch.bfloat16)

@@ -87,13 +87,21 @@ def test_attention_modules_are_spelled_alike_by_two_tools() -> None:
         ("single_transformer_blocks.2.proj_mlp.lora_B.weight", "single_blocks.2.linear1", 3),
         ("base_model.model.transformer_blocks.0.attn.add_k_proj.lora_A.default.weight", "double_blocks.0.txt_attn_qkv", 1),  # noqa: E501
         ("lora_transformer_transformer_blocks_1_ff_net_0_proj.alpha", "double_blocks.1.img_mlp.fc1", None),
+        ("base_model.model.diffusion_model.single_blocks.0.linear1.lora_A.my_cat.weight", "single_blocks.0.linear1", None),  # noqa: E501
+        ("transformer.transformer_blocks.0.attn.to_q.lora.down.weight", "double_blocks.0.img_attn_qkv", 0),
+        ("transformer_blocks.0.attn.processor.to_v_lora.up.weight", "double_blocks.0.img_attn_qkv", 2),
+        ("diffusion_model.double_blocks.0.txt_attn.proj.lora_linear_layer.up.weight", "double_blocks.0.txt_attn_proj", None),  # noqa: E501
+        ("lycoris_single_transformer_blocks_0_attn_to_k.lokr_w1", "single_blocks.0.linear1", 1),
+        ("diffusion_model.double_blocks.0.img_mod.lin.lora_B", "double_blocks.0.img_mod.linear", None),
+        ("model.double_blocks.0.txt_attn_k.lora_A.default.weight", "double_blocks.0.txt_attn_qkv", 1),
+        ("transformer.transformer_blocks.3.norm1.linear.lora_magnitude_vector", "double_blocks.3.img_mod.linear", None),
     ],
 )  # fmt: skip
 def test_names_of_other_tools_are_understood(text: str, module: str, part: int | None) -> None:
     key = parse_key(text)
     assert key is not None
     assert (key.module, key.part) == (module, part)
-    assert matching_formats([key]) == [] or "single_blocks" in text
+    assert matching_formats([key]) == [] or "single_" in text or "magnitude" in text
 
 
 @pytest.mark.parametrize(
@@ -104,6 +112,8 @@ def test_names_of_other_tools_are_understood(text: str, module: str, part: int |
         "lora_unet_double_blocks_0_img_attn_qkv.lora_mid.weight",
         "double_blocks.0.img_attn_qkv.weight",
         "lora_unet_final_layer_linear.lora_up.weight",
+        "diffusion_model.double_blocks.0.img_mod.lin.lora_B.bias",
+        "diffusion_model.double_blocks.0.img_mod.lin.diff_b",
     ],
 )
 def test_names_of_no_module_are_not(text: str) -> None:

@@ -1,0 +1,293 @@
+"""LoRA files by the commands: convert-comfy, merge, check, and files of any kind in infer and train."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from hyimg.lora.file import convert, save_lora
+from hyimg.lora.network import LoRANetwork
+from hyimg.lora.updates import read_updates
+from hyimg.model.loading import load_dit
+
+FORMS = ("kohya", "comfy", "peft", "diffusers")
+MODELS = ["--dit", "{dit}", "--text_encoder", "{text_encoder}", "--byt5", "{byt5}", "--vae", "{vae}"]
+QUICK = ["--image_size", "32", "64", "--infer_steps", "2", "--guidance_scale", "1", "--mixed_precision", "no"]
+
+
+def module(kind, rows, columns, factor=8):
+    """A LoHa or LoKr by role, as large as is seen in a picture."""
+    if kind == "loha":
+        state = {f"hada_{w}_a": torch.randn(rows, 2) for w in ("w1", "w2")}
+        return state | {f"hada_{w}_b": torch.randn(2, columns) * 0.1 for w in ("w1", "w2")}
+    return {
+        "lokr_w1": torch.randn(factor, factor) * 0.1,
+        "lokr_w2": torch.randn(rows // factor, columns // factor),
+    }
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, model):
+    """A LoRA of the tiny model in every form, and a file of LoHas and LoKrs, by name."""
+    folder = tmp_path_factory.mktemp("loras")
+    dit = load_dit(model.dit, dtype=torch.float32)
+    network = LoRANetwork.create(dit, rank=4, alpha=2.0, seed=3)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _, adapter in network.adapters():
+            adapter.lora_up.weight.normal_(std=0.2)
+    paths = {form: folder / f"{form}.safetensors" for form in (*FORMS, "lycoris")}
+    save_lora(paths["kohya"], network.state())
+    for form in FORMS[1:]:
+        convert(paths["kohya"], paths[form], to=form)
+    state = {}
+    for number, (planned, _) in enumerate(network.adapters()):
+        own = module(("loha", "lokr")[number % 2], planned.out_features, planned.in_features)
+        state |= {f"{planned.lora_name}.{role}": tensor for role, tensor in own.items()}
+    save_file(state, paths["lycoris"])
+    return paths
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_a_picture_is_the_same_with_a_file_of_any_form(hyimg, files, tmp_path):
+    pictures = {}
+    for form in ("base", *FORMS, "lycoris", "merged"):
+        path = tmp_path / f"{form}.png"
+        loras = [] if form == "base" else ["--lora_weight", files.get(form, tmp_path / "merged.safetensors")]
+        if form == "merged":
+            # the LoHas and LoKrs as plain LoRAs of full rank: the same function by another way
+            merging = ["merge", files["lycoris"], files["lycoris"], "--weights", "0.25", "0.75"]
+            code, _, err = hyimg(*merging, "-o", loras[1], "--max_rank", "256")
+            assert code == 0, err
+        code, _, err = hyimg(
+            "infer", *MODELS, *QUICK, "--prompt", "x", "--seed", "1", "--save_path", path, *loras
+        )
+        assert code == 0, err
+        pictures[form] = pixels(path)
+    for form in FORMS[1:]:
+        assert np.abs(pictures[form] - pictures["kohya"]).max() <= 1
+    assert np.abs(pictures["kohya"] - pictures["base"]).max() > 20
+    assert np.abs(pictures["lycoris"] - pictures["base"]).max() > 20
+    assert np.abs(pictures["lycoris"] - pictures["merged"]).max() <= 1
+
+
+def test_lycoris_is_accepted_and_changes_nothing(hyimg, files, tmp_path):
+    arguments = ["infer", *MODELS, *QUICK, "--prompt", "x", "--seed", "1", "--lora_weight", files["lycoris"]]
+    for name, extra in (("plain", []), ("flag", ["--lycoris"])):
+        code, _, err = hyimg(*arguments, "--save_path", tmp_path / f"{name}.png", *extra)
+        assert code == 0, err
+    assert "recognised by themselves" in err
+    assert np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "flag.png"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_training_starts_from_a_file_of_any_form(hyimg, files, cached_dataset, tmp_path, form):
+    train = ["train", "--dit", "{dit}", "--dataset_config", cached_dataset, "--max_train_steps", "1"]
+    train += [
+        "--seed",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--learning_rate",
+        "0",
+        "--dim_from_weights",
+        "--save_precision",
+        "float",
+    ]
+    code, _, err = hyimg(*train, "--network_weights", files[form], "--output_dir", tmp_path / "run")
+    assert code == 0, err
+    ours, theirs = (
+        {update.name: update for update in read_updates(path)}
+        for path in (tmp_path / "run" / "lora.safetensors", files["kohya"])
+    )
+    assert ours.keys() == theirs.keys()
+    for name, update in ours.items():
+        assert update.rank == 4
+        torch.testing.assert_close(
+            update.rows(slice(None)), theirs[name].rows(slice(None)), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_training_does_not_start_from_a_lokr_and_says_how_it_could(hyimg, files, cached_dataset, tmp_path):
+    train = ["train", "--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", tmp_path / "run"]
+    code, _, err = hyimg(*train, "--network_weights", files["lycoris"], "--dim_from_weights")
+    assert code == 2
+    assert "a plain LoRA is needed" in err
+    assert "--max_rank" in err
+    assert not (tmp_path / "run").exists()
+
+
+# ---- merge
+
+
+def test_merging_is_told_and_what_a_smaller_rank_costs(hyimg, files, tmp_path):
+    out = tmp_path / "merged.safetensors"
+    pair = [files["kohya"], files["diffusers"]]
+    code, _, err = hyimg("merge", *pair, "--weights", "0.7", "0.3", "-o", out)
+    assert code == 0, err
+    assert "32 modules, 0.7 * " in err
+    assert "relative error" not in err
+    expected = {update.name: update.rows(slice(None)) for update in read_updates(files["kohya"])}
+    for update in read_updates(out):
+        assert update.rank >= 8, "ranks add up"
+        torch.testing.assert_close(update.rows(slice(None)), expected[update.name], rtol=1e-5, atol=1e-6)
+    code, _, err = hyimg("merge", *pair, "--weights", "2", "--output", out, "--max_rank", "2", "--overwrite")
+    assert code == 0, err
+    assert "rank reduced in 32 adapters: relative error 0." in err
+    assert {update.rank for update in read_updates(out)} == {2}
+
+
+def test_wrong_merges_leave_everything_as_it_was(hyimg, files, tmp_path, golden):
+    there, out = tmp_path / "there.safetensors", tmp_path / "out.safetensors"
+    there.write_bytes(b"mine")
+    one, two = files["kohya"], files["comfy"]
+    for arguments, words in (
+        ([one, "-o", out], "nothing to merge"),
+        ([one, two, "--weights", "1", "2", "3", "-o", out], "3 values of `--weights` for 2 LoRA files"),
+        ([one, two, "-o", there], "exists"),
+        ([one, two, "-o", one, "--overwrite"], "is the source file itself"),
+        ([one, two], "`--output` is required"),
+        (["-o", out], "`LORAS` is required"),
+        ([one, golden / "lora_kohya.safetensors", "-o", out], "for a model of width 96"),
+        ([one, two, "-o", tmp_path / "out.pt"], "does not end with `.safetensors`"),
+        ([one, tmp_path / "none.safetensors", "-o", out], "none.safetensors"),
+    ):
+        code, stdout, err = hyimg("merge", *arguments)
+        assert (code, stdout) == (2, ""), err
+        assert words in err
+    assert there.read_bytes() == b"mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["there.safetensors"]
+
+
+# ---- check
+
+
+def test_check_tells_who_loads_a_file_and_what_each_drops(hyimg, files, golden):
+    for form, loads in {
+        "kohya": ("part", "all", "none", "none"),
+        "comfy": ("all", "part", "none", "none"),
+        "peft": ("all", "none", "none", "all"),
+        "diffusers": ("none", "none", "all", "none"),
+        "lycoris": ("part", "none", "none", "none"),
+    }.items():
+        code, out, err = hyimg("check", files[form], "--dit", "{dit}", "--json")
+        assert code == 0, err
+        found = {verdict["name"]: verdict for verdict in json.loads(out)["consumers"]}
+        assert tuple(verdict["loads"] for verdict in found.values()) == loads, form
+        assert all(v["applied"] + len(v["dropped"]) == 32 for v in found.values())
+    code, out, err = hyimg("check", golden / "lora_kohya.safetensors")
+    assert (code, err) == (0, "")
+    assert "ComfyUI: applies 14 of 24 modules; drops img_mlp.fc1" in out
+    assert "`hyimg convert-comfy FILE OUT --to comfy` makes a file for it" in out
+    assert "the reference tool (sd-scripts): applies 24 of 24 modules\n" in out
+    assert "steps: 40" in out, "and how it was trained"
+
+
+def test_check_counts_kinds_and_finds_what_does_nothing(hyimg, files, tmp_path):
+    state = load_file(files["lycoris"])
+    zero = "lora_unet_single_blocks_1_linear2"
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(zero)}
+    rows, columns = (load_file(files["kohya"])[f"{zero}.lora_{half}.weight"].shape for half in ("up", "down"))
+    state[f"{zero}.lora_down.weight"] = torch.randn(2, columns[1])
+    state[f"{zero}.lora_up.weight"] = torch.zeros(rows[0], 2)
+    state["lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha"] = torch.tensor(1.0)
+    save_file(state, tmp_path / "mixed.safetensors")
+    code, out, err = hyimg("check", tmp_path / "mixed.safetensors", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["adapters"] == {"LoHa": 15, "LoKr": 16, "LoRA": 1}
+    assert found["zero"] == ["single_blocks.1.linear2"]
+    assert found["unmapped"] == ["lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha"]
+    assert "warning: 1 tensor of" in err
+    norms = {update.name: update.norm() for update in read_updates(files["lycoris"])}
+    del norms["single_blocks.1.linear2"]
+    assert found["all"]["norm"] == pytest.approx(sum(norm**2 for norm in norms.values()) ** 0.5)
+
+
+# ---- wrong input
+
+
+@pytest.fixture
+def wrong(tmp_path, files, golden):
+    """Files that are no LoRA of the tiny model, by what is wrong with them, and a word of the sentence."""
+    folder = tmp_path / "wrong"
+    folder.mkdir()
+    whole = files["kohya"].read_bytes()
+    (folder / "truncated.safetensors").write_bytes(whole[:-50])
+    (folder / "header.safetensors").write_bytes((10**15).to_bytes(8, "little") + b"{" + whole[9:])
+    (folder / "pickle.pt").write_bytes(pickle.dumps({"a": 1}))
+    (folder / "pickle.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    (folder / "empty.safetensors").write_bytes(b"")
+    save_file({}, folder / "nothing.safetensors")
+    foreign = "lora_unet_input_blocks_4_1_proj_in"
+    halves = {
+        f"{foreign}.lora_down.weight": torch.zeros(2, 4),
+        f"{foreign}.lora_up.weight": torch.zeros(4, 2),
+    }
+    save_file(halves, folder / "sdxl.safetensors")
+    state = load_file(files["kohya"])
+    state["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"][0, 0] = torch.nan
+    save_file(state, folder / "nan.safetensors")
+    return {
+        "truncated.safetensors": "is truncated",
+        "header.safetensors": "its header would have 1000000000000000 bytes",
+        "pickle.pt": "is a pickle",
+        "pickle.safetensors": "is a pickle",
+        "empty.safetensors": "has only 0 bytes",
+        "nothing.safetensors": "holds no tensors",
+        "sdxl.safetensors": "but of Stable Diffusion XL",
+        ".": "is a folder",
+        "nan.safetensors": "NaN",
+    }, folder
+
+
+def test_wrong_files_are_one_sentence_and_leave_nothing(hyimg, files, wrong, tmp_path):
+    cases, folder = wrong
+    out = tmp_path / "out.safetensors"
+    picture = ["--prompt", "x", "--save_path", tmp_path / "x.png"]
+    for name, words in cases.items():
+        path = folder / name
+        commands = [
+            ["convert-comfy", path, out, "--max_rank", "2"],
+            ["merge", files["kohya"], path, "-o", out],
+            ["infer", *MODELS, *QUICK, *picture, "--lora_weight", path],
+        ]
+        if "nan" not in name:
+            commands.append(["check", path])
+        for arguments in commands:
+            code, stdout, err = hyimg(*arguments)
+            assert (code, stdout) == (2, ""), (arguments, err)
+            assert words in err, (arguments, err)
+            assert len(err.splitlines()) <= 2 or "infer" in arguments, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["wrong"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_that_may_not_be_written_is_one_sentence(hyimg, files, tmp_path):
+    tmp_path.chmod(0o500)
+    code, _, err = hyimg("convert-comfy", files["kohya"], tmp_path / "out.safetensors")
+    tmp_path.chmod(0o700)
+    assert code == 2
+    assert "cannot write" in err
+
+
+def test_an_output_in_the_place_of_something_else_is_refused(hyimg, files, tmp_path):
+    (tmp_path / "file").touch()
+    for arguments in (
+        ["convert-comfy", files["kohya"], tmp_path / "file" / "out.safetensors"],
+        ["merge", files["kohya"], files["comfy"], "-o", tmp_path / "file" / "out.safetensors"],
+    ):
+        code, _, err = hyimg(*arguments)
+        assert code == 2
+        assert "cannot write" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
