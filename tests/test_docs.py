@@ -24,7 +24,7 @@ def commands(page):
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for line in text.splitlines():
         match = re.fullmatch(r"\s{4,}(?:\$ )?(hyimg [a-z-]+ [^#|]*?)\s*(?:#.*)?", line)
-        if match and "..." not in line and "->" not in line:
+        if match and not any(sign in line for sign in ("...", "->", " (")):
             yield shlex.split(match[1])[1:]
 
 
