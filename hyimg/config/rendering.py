@@ -96,7 +96,9 @@ class Sampling:
 class InferOutput:
     """Output."""
 
-    save_path: Path | None = option(None, help="PNG file (or a folder, named without a suffix)")
+    save_path: Path | None = option(
+        None, help="PNG file (or a folder, named without a suffix); all but a merged model needs it"
+    )
     output_type: str = option(
         "images",
         choices=("images", "latent", "latent_images"),
