@@ -49,6 +49,7 @@ class Traits:
     is_name: bool = False
     bound_reason: str | None = None
     note: str | None = None
+    is_secret: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,7 @@ def option(
     is_name: bool = False,
     bound_reason: str | None = None,
     note: str | None = None,
+    is_secret: bool = False,
 ) -> Any:
     """Declares an option inside a group.
 
@@ -111,7 +113,8 @@ def option(
     reason why a value other than the default (and those in `available`) is refused for now; `refused` maps
     values that never will be to the reason. `is_input` says that the path must be there to be read, `is_name`
     that the text becomes part of a file's name (`hyimg.config.names`). `bound_reason` says why there is a
-    maximum, and `note` is told to whoever types the flag.
+    maximum, and `note` is told to whoever types the flag. `is_secret` keeps the value out of everything that a
+    command writes or says (`hyimg.config.load.flatten`).
     """
     traits = Traits(
         help=help,
@@ -132,6 +135,7 @@ def option(
         is_name=is_name,
         bound_reason=bound_reason,
         note=note,
+        is_secret=is_secret,
     )
     return dataclasses.field(default=default, metadata={_METADATA_KEY: traits})
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from accelerate.utils import set_seed
 from hyimg.cache.identity import file_identity
 from hyimg.cache.text import TextStore
 from hyimg.config.commands import TrainConfig
-from hyimg.config.load import flatten
 from hyimg.data.batches import epoch_batches
 from hyimg.data.describe import describe_datasets
 from hyimg.data.plan import latent_store_for_training, text_store_for_training
@@ -37,8 +37,9 @@ from hyimg.training.ema import AdapterEMA
 from hyimg.training.evaluation_setup import make_evaluation
 from hyimg.training.evaluation_weights import averaged_weights
 from hyimg.training.identity import run_identity
+from hyimg.training.length_options import begin_at, initial_step, with_epochs_between_saves
 from hyimg.training.loop import train_loop
-from hyimg.training.metadata import training_metadata
+from hyimg.training.metadata import hash_metadata, training_metadata
 from hyimg.training.metrics import MetricsLog
 from hyimg.training.network_setup import describe_rates, merging_placement
 from hyimg.training.nonfinite import NonFiniteGuard
@@ -57,6 +58,7 @@ from hyimg.training.samples import prompts_of_samples, sample_prompt_flags
 from hyimg.training.state_parts import OptimizerPart, generators_part, network_part
 from hyimg.training.steps import Schedule
 from hyimg.training.timestep_plot import show_timesteps
+from hyimg.training.trackers import TrackedRun, start_trackers, tracker_names
 
 _SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -88,6 +90,8 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
     workspace = open_training_workspace(config, report)
     loader, texts = _open_data(prepared, workspace, report)
     schedule = _schedule(prepared, workspace)
+    config = with_epochs_between_saves(config, schedule)
+    prepared, first_step = replace(prepared, config=config), initial_step(config, schedule)
     identity = run_identity(config, loader.data, schedule)
     resumed = prepared.resumed
     if resumed is not None:
@@ -99,8 +103,10 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
     claimed = folder.claim(config, overwrite=config.saving.overwrite, resumed=state_path)
     with claimed, explained(partial(_changes_for_memory, prepared)):
         run = _make_run(prepared, workspace, loader, texts, schedule, identity, report)
+        if resumed is None:
+            begin_at(run, first_step)
         try:
-            with run.metrics:
+            with run.metrics, run.uploads or nullcontext():
                 train_loop(run)
         except (KeyboardInterrupt, Terminated):
             last = f"the last saved file is {run.saved[-1]}" if run.saved else "nothing was saved yet"
@@ -153,13 +159,13 @@ def _make_run(
         objective=objective,
         network=network,
         stepper=stepper,
-        accelerator=_accelerator(prepared, log_name),
+        accelerator=_accelerator(prepared, log_name, started, report),
         plugins=prepared.plugins,
         metrics=MetricsLog(
             prepared.folder.metrics_path, resumed.saved.metrics() if resumed is not None else ""
         ),
         report=report,
-        describe=_describer(workspace, started),
+        describe=_describer(config, workspace, started),
         save_dtype=_SAVE_DTYPES[config.saving.save_precision],
         preservation=Preservation(objective, network, terms_of(config), reader(texts)),
         ema=ema,
@@ -172,6 +178,7 @@ def _make_run(
         log_name=log_name,
         started=started,
         resumed=resumed,
+        uploads=prepared.uploads,
     )
     if resumed is not None:
         run.step = resumed.step
@@ -185,7 +192,7 @@ def _make_run(
         run.remember(Stateful("ema", ema.state_dict, ema.load_state_dict))
         run.evaluation_modes.append(ema.swapped_in)
     run.evaluation_modes.append(partial(averaged_weights, stepper.optimizer))
-    run.remember(Stateful("average", run.average.state_dict, run.average.load_state_dict))
+    run.remember(Stateful("losses", run.losses.state_dict, run.losses.load_state_dict))
     run.remember(Stateful("guard", run.guard.state_dict, run.guard.load_state_dict))
     run.remember(generators_part(prepared.device))
     return run
@@ -289,30 +296,35 @@ def _log_name(prepared: Preparation) -> str:
     return f"{config.logging.log_prefix}{config.saving.output_name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _accelerator(prepared: Preparation, log_name: str) -> Accelerator:
+def _accelerator(prepared: Preparation, log_name: str, started: float, report: Reporter) -> Accelerator:
     """Accelerate carries the device and the trackers.
 
     The loop calls backward itself and the precision is ours, so that nothing in a launcher's environment (its
     accumulation or mixed precision) changes a gradient.
     """
     set_seed(prepared.seed % 2**32)  # for what a plugin may draw from the global generators
-    config = prepared.config
-    logging = config.logging
+    directory = prepared.logging_dir / log_name
     accelerator = Accelerator(
         cpu=prepared.device.type == "cpu",
         mixed_precision="no",
-        log_with=logging.log_with,
-        project_dir=str(prepared.logging_dir / log_name),
+        log_with=tracker_names(prepared.config.logging) or None,
+        project_dir=str(directory),
     )
-    if logging.log_with is not None:
-        logged = {k: str(v) for k, v in flatten(config).items()} if logging.log_config else None
-        # what was logged after the state that the run goes on from is hidden
-        purge = {} if prepared.resumed is None else {"purge_step": prepared.resumed.step + 1}
-        accelerator.init_trackers(logging.log_tracker_name, config=logged, init_kwargs={"tensorboard": purge})
+    tracked = TrackedRun(prepared.config, log_name, directory, started, prepared.resumed)
+    start_trackers(accelerator, tracked, report)
     return accelerator
 
 
-def _describer(workspace: Workspace, started: float) -> Callable[[Run], Mapping[str, str]]:
+def _describer(
+    config: TrainConfig, workspace: Workspace, started: float
+) -> Callable[[Run], Mapping[str, str]]:
     samples = workspace.found.samples
     datasets: list[dict[str, Any]] = describe_datasets(workspace.dataset_file, samples)
-    return lambda run: training_metadata(run, samples, datasets, started)
+    return partial(
+        training_metadata,
+        samples=samples,
+        dataset=datasets,
+        started=started,
+        num_validation_images=len(workspace.found.validation),
+        hashes=hash_metadata(config.dit.dit, config.vae.vae, workspace.index),
+    )

@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image
-
 from hyimg.memory.out_of_memory import out_of_memory_place
 from hyimg.training.samples import SampleCadence, SampleRenderer
+from hyimg.training.trackers import show_images
 from hyimg.training.validation import Cadence, Validator
 
 if TYPE_CHECKING:
@@ -83,20 +81,9 @@ def _render_samples(
                 "or `--vae_tile_size 512` needs less"
             )
             return
-    _show(run, rendered)
+    show_images(run.accelerator, [image for _, image in rendered], run.step)
     if rendered:
         run.report.note(f"samples: {len(rendered)} in {run.folder.sample_dir}")
-
-
-def _show(run: Run, rendered: list[tuple[Path, Image.Image]]) -> None:
-    """Gives the pictures to the trackers that take some."""
-    for tracker in run.accelerator.trackers:
-        for number, (_, image) in enumerate(rendered, start=1):
-            pixels_1HWC = np.asarray(image)[None]
-            if tracker.name == "tensorboard":
-                tracker.log_images({f"sample/{number}": pixels_1HWC}, step=run.step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({f"sample/{number}": pixels_1HWC}, step=run.step)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import torch
 from hyimg.cache.atomic import require_writable_folder
 from hyimg.config.commands import TrainConfig
 from hyimg.config.load import replace
-from hyimg.config.rendering import Sampling
 from hyimg.data.workspace import Workspace, open_workspace
 from hyimg.encoders.text import TextEncoders
 from hyimg.errors import HyimgError
@@ -28,6 +27,7 @@ from hyimg.model.loading import check_dit, check_vae
 from hyimg.plugins import Plugins, bind_arguments, load_plugins, parse_arguments
 from hyimg.randomness import keyed_seed
 from hyimg.report import Reporter
+from hyimg.training.hub import download_state
 from hyimg.training.identity import options_identity
 from hyimg.training.network_setup import NetworkSetup, prepare_network
 from hyimg.training.objective import Loss
@@ -35,8 +35,10 @@ from hyimg.training.optimization import Optimization, prepare_optimization
 from hyimg.training.preservation import check_preservation, terms_of
 from hyimg.training.resume import Resumed, find_state
 from hyimg.training.run_folder import RunFolder
-from hyimg.training.samples import SamplePlan, require_prompts
+from hyimg.training.samples import SamplePlan, require_prompts, sampling_of
 from hyimg.training.saving import warn_of_idle_saving
+from hyimg.training.trackers import check_trackers
+from hyimg.training.uploads import Uploads, prepare_uploads
 from hyimg.training.validation import require_held_back
 
 _HUBER_OPTIONS = ("huber_c", "huber_scale", "huber_schedule")
@@ -60,6 +62,7 @@ class Preparation:
     sample_plan: SamplePlan | None
     folder: RunFolder
     resumed: Resumed | None = None
+    uploads: Uploads | None = None
 
     @property
     def plan(self) -> tuple[ModulePlan, ...]:
@@ -114,6 +117,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     folder.check(overwrite=config.saving.overwrite, resumed=resumed.saved.path if resumed else None)
     if config.logging.logging_dir is not None:
         require_writable_folder(config.logging.logging_dir)
+    check_trackers(config.logging, report)
     seed = config.duration.seed
     if seed is None:
         seed = resumed.seed if resumed is not None else keyed_seed(time.time_ns()) % 2**32
@@ -121,6 +125,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     if resumed is not None:
         resumed.check_options(options_identity(config))
     warn_of_idle_saving(config, report)
+    trains = not config.logging.output_config and config.flow.show_timesteps is None
     return Preparation(
         config=config,
         seed=seed,
@@ -135,6 +140,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
         sample_plan=_sample_plan(config, arch, plugins),
         folder=folder,
         resumed=resumed,
+        uploads=prepare_uploads(config, report) if trains else None,  # last: it may make a repository
     )
 
 
@@ -193,7 +199,7 @@ def _sample_plan(config: TrainConfig, arch: DiTArch, plugins: Plugins) -> Sample
     if path is None:
         return None
     assert config.duration.seed is not None
-    plan = SamplePlan(path, arch, Sampling(), config.duration.seed, plugins)
+    plan = SamplePlan(path, arch, sampling_of(config.validation), config.duration.seed, plugins)
     plan.read()
     return plan
 
@@ -203,8 +209,16 @@ def _resumed(config: TrainConfig, folder: RunFolder, report: Reporter) -> Resume
     if saving.resume is None:
         if saving.resume_force:
             report.warning("`--resume_force` has no effect without `--resume`")
+        if config.hub.resume_from_huggingface:
+            raise HyimgError(
+                "`--resume_from_huggingface` without `--resume`",
+                hint="name the state: `--resume OWNER/NAME/PATH`",
+            )
         return None
-    saved = find_state(saving.resume, folder, report, overwrite=saving.overwrite)
+    given = saving.resume
+    if config.hub.resume_from_huggingface:
+        given = str(download_state(given, config.hub.huggingface_token))
+    saved = find_state(given, folder, report, overwrite=saving.overwrite)
     return Resumed(saved, saving.resume_force, report) if saved is not None else None
 
 

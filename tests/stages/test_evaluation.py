@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-TIMES = ("seconds",)
+from hyimg.training.step_metrics import COST_FIELDS
 
 
 @pytest.fixture
@@ -45,7 +45,9 @@ def train(hyimg, own_dataset, tmp_path):
 def lines(folder):
     """(lines of steps, lines of validations), times left out."""
     text = (folder / "lora.metrics.jsonl").read_text(encoding="utf-8")
-    every = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
+    every = [
+        {k: v for k, v in json.loads(line).items() if k not in COST_FIELDS} for line in text.splitlines()
+    ]
     return [x for x in every if "loss" in x], [x for x in every if "validation_loss" in x]
 
 
