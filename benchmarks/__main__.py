@@ -16,18 +16,19 @@ from pathlib import Path
 from benchmarks.figures import Figure, Options, apart
 from benchmarks.machine import describe_machine
 
-# Each a module of this package with `measure(options)`; the first five are what is measured on a CPU
+# Each a module of this package with `measure(options)`; the first six are what is measured on a CPU
 PARTS = {
     "commands": "whole commands as processes: help, conversion, warm caches, start of a run",
     "loading": "a 2 GB checkpoint: time and peak memory of each way to load it",
     "training_step": "a mid-size DiT's training step against the plain composition of the same model",
+    "training_run": "`hyimg train` of that model: from its start to the first step, and what the loop adds",
     "streaming": "streamed blocks of the full model on a simulated link: overlap of copies and computation",
     "vae_memory": "encoding and decoding 1024x1024: whole, in chunks of rows, in tiles",
     "samples": "only if named: the start of `train` on up to 100,000 samples (minutes)",
     "text_encoder": "only if named: the text encoder layer by layer, beside the whole one (minutes)",
     "gpu": "with `--device cuda`: the full model's training step, streaming, memory caps, and the floor",
 }
-_ON_CPU = ("commands", "loading", "training_step", "streaming", "vae_memory")
+_ON_CPU = ("commands", "loading", "training_step", "training_run", "streaming", "vae_memory")
 
 
 def main(arguments: list[str] | None = None) -> None:

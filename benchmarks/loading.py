@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.figures import Figure, Options, apart
+from benchmarks.models import TOY_DEEP, TWO_GB, write_dit
 from benchmarks.peaks import ProcessPeaks
 
 
@@ -43,7 +44,7 @@ def measure(options: Options) -> Iterator[Figure]:
     """The file, then one figure a way."""
     path = options.scratch / "dit.safetensors"
     in_process = (lambda function, *arguments: function(*arguments)) if options.toy else apart
-    in_process(write_checkpoint, path, options.toy)
+    in_process(write_dit, path, TOY_DEEP if options.toy else TWO_GB)
     size = path.stat().st_size
     yield Figure(f"the file: {size / 1e9:.2f} GB", peak_mb=size / 1e6, values={"bytes": size})
     for way in WAYS:
@@ -58,22 +59,10 @@ def measure(options: Options) -> Iterator[Figure]:
         yield Figure(f"load, {way.name}", best["seconds"], best["own"] / 1e6, beside, values)
 
 
-def write_checkpoint(path: Path, toy: bool) -> None:
-    """A DiT file in bf16."""
-    import torch
-    from safetensors.torch import save_file
-
-    from benchmarks.models import TOY_DEEP, TWO_GB, random_dit
-    from hyimg.model.loading import Placement
-
-    save_file(random_dit(TOY_DEEP if toy else TWO_GB, Placement("cpu", torch.bfloat16)).state_dict(), path)
-
-
 def load(path: Path, way: Way, device: str, toy: bool) -> dict[str, float]:
     """Seconds, and bytes of memory."""
     import torch
 
-    from benchmarks.models import TOY_DEEP, TWO_GB
     from hyimg.memory.dit import DiTOptions
     from hyimg.memory.swap_plan import max_blocks_to_swap
     from hyimg.model.dit import DiT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyimg.model.architecture import DIT_2_1, DIT_TINY, DiTArch
@@ -60,6 +61,16 @@ def random_dit(arch: DiTArch, placement: Placement, seed: int = 0) -> DiT:
             values.fill_(1.0 if "norm" in name and name.endswith(".weight") else 0.01)
         placement.put(dit, name, values)
     return dit.eval().requires_grad_(False)
+
+
+def write_dit(path: Path, arch: DiTArch) -> None:
+    """A file of a random DiT in bf16, in original names."""
+    import torch
+    from safetensors.torch import save_file
+
+    from hyimg.model.loading import Placement
+
+    save_file(random_dit(arch, Placement("cpu", torch.bfloat16)).state_dict(), path)
 
 
 def attach_lora(dit: DiT, rank: int = RANK) -> LoRANetwork:

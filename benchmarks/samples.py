@@ -7,6 +7,7 @@ final save included.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,8 +42,17 @@ def measure(options: Options) -> Iterator[Figure]:
 _GOALS = {100_000: "goal 10 s, 500 MB"}
 
 
-def synthesise(folder: Path, num_samples: int) -> Path:
-    """A dataset of so many images with captions of their own, all cached; its dataset file's path."""
+def synthesise(
+    folder: Path,
+    num_samples: int,
+    side: int = SIDE,
+    latent_shape: tuple[int, int, int] = (16, 2, 2),
+    text_shape: tuple[int, int] = (4, 64),
+) -> Path:
+    """A dataset of so many images with captions of their own, all cached; its dataset file's path.
+
+    `side` in pixels; the shapes of cached latents (CHW) and texts (tokens, width) are the tiny model's by default.
+    """
     from hyimg.cache.entry_file import RawTensor
     from hyimg.cache.identity import FileStat, hash_bytes
     from hyimg.cache.index import Index
@@ -57,7 +67,7 @@ def synthesise(folder: Path, num_samples: int) -> Path:
     images.mkdir(parents=True)
     dataset = folder / "dataset.toml"
     dataset.write_text(
-        f"[[datasets]]\nresolution = {SIDE}\n[[datasets.subsets]]\nimage_dir = 'images'\n", encoding="utf-8"
+        f"[[datasets]]\nresolution = {side}\n[[datasets.subsets]]\nimage_dir = 'images'\n", encoding="utf-8"
     )
     cache_dir = cache_folder(None, dataset)
     index = Index(cache_dir)
@@ -67,10 +77,11 @@ def synthesise(folder: Path, num_samples: int) -> Path:
         path.write_bytes(content)
         path.with_suffix(".txt").write_text(f"a caption of its own, number {number}", encoding="utf-8")
         index.remember_content_hash(str(path), FileStat.of(path.stat()), hash_bytes(content))
-        index.remember_image_size(hash_bytes(content), (SIDE, SIDE))
+        index.remember_image_size(hash_bytes(content), (side, side))
     samples = scan(load_dataset_file(dataset), index).samples
-    latent = RawTensor("F16", (16, 2, 2), bytes(128))  # of the tiny model's widths
-    text = RawTensor("F16", (4, 64), bytes(512))
+    latent, text = (
+        RawTensor("F16", shape, bytes(2 * math.prod(shape))) for shape in (latent_shape, text_shape)
+    )
     latents = LatentStore(cache_dir / "latents", "synthetic", index=index)
     for key, task in latent_tasks(samples, latents).items():
         latents.write_raw(key, {"mean": latent, "std": latent}, vars(task.recipe))

@@ -39,6 +39,10 @@ class RunError(HyimgError):
     exit_code = 1
 
 
+class FellowLostError(RunError):
+    """Another process of the run is gone: the consequence of an error, and not the error to tell."""
+
+
 class StoppedError(RunError):
     """A run that a signal asked to stop, and that did so in order: what was done is saved."""
 

@@ -61,7 +61,8 @@ def hyimg_run_start(run: Run) -> None:
     """Training is about to begin, or to go on after the step `run.step`; nothing has been changed yet.
 
     What a plugin keeps over steps goes into the run's states, and comes back from them, through
-    `run.remember(Stateful(name, state_dict, load_state_dict))` (`hyimg.training.resume`).
+    `run.remember(Stateful(name, state_dict, load_state_dict))` (`hyimg.training.resume`). In training on several
+    devices the event comes in every process; `run.processes.is_main` says which one should write files.
     """
 
 

@@ -56,6 +56,10 @@ def train(config: TrainConfig, report: Reporter) -> TrainResult | None:
     if config.report.dry_run:
         _dry_run(config, report)
         return None
+    from hyimg.memory.launch import asks_for_launch, launch
+
+    if asks_for_launch(config.duration.num_processes):
+        return launch(train, config, report, num_processes=config.duration.num_processes)
     from hyimg.stages.train import train as train_stage
     from hyimg.training.preparation import open_encoders, open_training_workspace, prepare
 

@@ -9,6 +9,7 @@ from hyimg.config.option import MAX_SEED, option
 
 _TRAINING = "leave it out for now"
 _FRESH = "the learning rate goes on from there too; weights and optimiser start anew"
+_NO_DDP = "changes nothing: the adapter's gradients are summed in one piece, without torch's DDP"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,9 @@ class Duration:
     seed: int | None = option(
         None, minimum=0, maximum=MAX_SEED, help="seed of all randomness (not given: drawn, and recorded)"
     )
-    num_processes: int = option(1, minimum=1, help="processes, one a device", later=_TRAINING)
+    num_processes: int = option(
+        1, minimum=1, help="processes that train together, one a device; under a launcher, leave it out"
+    )
     initial_step: int | None = option(
         None,
         minimum=0,
@@ -217,7 +220,7 @@ class Hub:
         False, help="upload while training goes on; the run's end waits for what is under way"
     )
     ddp_timeout: int | None = option(
-        None, minimum=1, help="minutes until a hang is an error", later=_TRAINING
+        None, minimum=1, help="minutes that a process waits for the others before it fails (not given: 30)"
     )
-    ddp_gradient_as_bucket_view: bool = option(False, help="of torch's DDP", later=_TRAINING)
-    ddp_static_graph: bool = option(False, help="of torch's DDP", later=_TRAINING)
+    ddp_gradient_as_bucket_view: bool = option(False, help="accepted, without effect", note=_NO_DDP)
+    ddp_static_graph: bool = option(False, help="accepted, without effect", note=_NO_DDP)

@@ -126,6 +126,10 @@ class BatchLoader:
             generator=torch.Generator(),
         )
 
+    def keys(self, batch: Batch) -> list[str]:
+        """The keys of a batch's samples, without loading it."""
+        return [self.data.samples[place].key for place in batch.samples]
+
     def load(self, batches: Iterable[Batch], *, epoch: int) -> Iterator[LoadedBatch]:
         """The tensors of `batches`, in order; `epoch` counts from 1. Raises as `TrainingData`."""
         self._requests.requests = [(epoch, batch) for batch in batches]

@@ -5,7 +5,8 @@
 
 Each process calls the stage again with its place in the environment, as torchrun and `accelerate launch`
 would (`hyimg.memory.processes`), so a stage has one way of sharing work. The first error ends all of them
-and is raised here. A process whose parent is killed ends itself.
+and is raised here. A process whose parent is killed ends itself. Ctrl-C and SIGTERM are handed on: a stage
+that ends in order after the first one (training saves) does so here too; the second ends all at once.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from types import FrameType
 from typing import Any, TypeVar
 
-from hyimg.errors import HyimgError, RunError
+from hyimg.errors import FellowLostError, HyimgError, RunError, Terminated
 from hyimg.memory.processes import Processes
 from hyimg.report import ConsoleReporter, Reporter, SilentReporter
 
@@ -32,6 +35,8 @@ Stage = Callable[[C, Reporter], T]
 
 _HOST = "127.0.0.1"
 _SECONDS_TO_END = 5.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HAS_SESSIONS = hasattr(os, "setsid")
 
 
 def asks_for_launch(num_processes: int) -> bool:
@@ -56,6 +61,8 @@ class _Outcome:
     warnings: Sequence[str] = ()
     error: HyimgError | None = None
     trace: str | None = None
+    is_consequence: bool = False
+    """Whether the error only says that another process is gone."""
 
 
 def launch(stage: Stage[C, T], config: C, report: Reporter, *, num_processes: int) -> T:
@@ -73,6 +80,7 @@ def launch(stage: Stage[C, T], config: C, report: Reporter, *, num_processes: in
     context = multiprocessing.get_context("spawn")
     processes: list[SpawnProcess] = []
     ends: list[Connection] = []
+    relay = _Relay(processes)
     try:
         for rank in range(num_processes):
             receiving, sending = context.Pipe(duplex=False)
@@ -81,11 +89,13 @@ def launch(stage: Stage[C, T], config: C, report: Reporter, *, num_processes: in
             process = context.Process(
                 target=_run, args=(sending, environment, stage, config, speaks), name=f"hyimg-{rank}"
             )
-            process.start()
+            with _without_interrupts():
+                process.start()
             sending.close()  # so that a process that dies is an end of file here
             processes.append(process)
             ends.append(receiving)
-        outcomes = _collect(processes, ends)
+        with relay:
+            outcomes = _collect(processes, ends, relay)
     finally:
         _end(processes)
     for warning in outcomes[0].warnings:
@@ -107,20 +117,78 @@ def _environment(rank: int, world: int, port: int) -> dict[str, str]:
     }
 
 
-def _collect(processes: Sequence[SpawnProcess], ends: Sequence[Connection]) -> list[_Outcome]:
-    """The outcomes by rank, once all are done. Raises the first error."""
+class _Relay:
+    """Hands Ctrl-C and SIGTERM on to the processes in its block; `signal` is the first that came.
+
+    The second raises KeyboardInterrupt or Terminated. Python hands signals to the main thread only; in
+    another one the block changes nothing.
+    """
+
+    def __init__(self, processes: Sequence[SpawnProcess]) -> None:
+        self.signal: signal.Signals | None = None
+        self._processes = processes
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+
+    def __exit__(self, *of_error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise self.interruption
+        self.signal = signal.Signals(number)
+        for process in self._processes:
+            # without sessions of their own (Windows) Ctrl-C has reached them already
+            if process.pid is not None and process.is_alive() and _HAS_SESSIONS:
+                os.kill(process.pid, number)
+
+    @property
+    def interruption(self) -> BaseException:
+        return Terminated() if self.signal == signal.SIGTERM else KeyboardInterrupt()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """A block in which a process that starts has Ctrl-C ignored, until it has a session of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _collect(processes: Sequence[SpawnProcess], ends: Sequence[Connection], relay: _Relay) -> list[_Outcome]:
+    """The outcomes by rank, once all are done. Raises the first error that is not the consequence of another."""
     outcomes: dict[int, _Outcome] = {}
+    consequence: HyimgError | None = None
     while len(outcomes) < len(processes):
-        for end in wait([end for rank, end in enumerate(ends) if rank not in outcomes]):
+        waiting = [end for rank, end in enumerate(ends) if rank not in outcomes]
+        ready = wait(waiting, _SECONDS_TO_END if consequence is not None else None)
+        if not ready and consequence is not None:
+            break
+        for end in ready:
             rank = ends.index(end)
             try:
                 outcome: _Outcome = ends[rank].recv()
             except EOFError:
+                if relay.signal is not None:
+                    raise relay.interruption from None
                 raise _death(rank, processes) from None
-            if outcome.error is not None:
+            outcomes[rank] = outcome
+            if outcome.is_consequence:
+                consequence = outcome.error
+            elif outcome.error is not None:
                 raise outcome.error
             assert outcome.trace is None, f"process {rank} failed:\n{outcome.trace}"
-            outcomes[rank] = outcome
+    if consequence is not None:
+        raise consequence
     return [outcomes[rank] for rank in range(len(processes))]
 
 
@@ -148,6 +216,10 @@ def _run(
     sending: Connection, environment: dict[str, str], stage: Stage[C, T], config: C, speaks: bool
 ) -> None:
     """One process: the stage, and its outcome into the pipe."""
+    if _HAS_SESSIONS:
+        os.setsid()  # the terminal's Ctrl-C is for the parent, which hands it on once
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
     os.environ.update(environment)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _share_the_cores(int(environment["WORLD_SIZE"]))
@@ -157,12 +229,18 @@ def _run(
         result = stage(config, ConsoleReporter() if main and speaks else silent)
         outcome = _Outcome(result, silent.warnings) if main else _Outcome()
     except HyimgError as error:
-        outcome = _Outcome(error=error)
-    except KeyboardInterrupt:  # the parent has it too
+        outcome = _Outcome(error=error, is_consequence=isinstance(error, FellowLostError))
+    except (KeyboardInterrupt, Terminated):  # the parent knows
         return
     except Exception:
         outcome = _Outcome(trace=traceback.format_exc())
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # nothing is left that would have to end in order
     sending.send(outcome)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 def _end_with_the_parent() -> None:
@@ -176,4 +254,6 @@ def _share_the_cores(world: int) -> None:
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // world))
+        threads = max(1, torch.get_num_threads() // world)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate, on a CPU, sets it otherwise

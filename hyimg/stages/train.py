@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from hyimg.data.training_data import BatchLoader, TrainingData
 from hyimg.data.workspace import Workspace
 from hyimg.errors import Terminated
 from hyimg.memory.device import compute_dtype
+from hyimg.memory.launch import asks_for_launch, launch
 from hyimg.memory.out_of_memory import Place, explained, training_changes
+from hyimg.memory.reduction import process_group
 from hyimg.memory.swap_plan import max_blocks_to_swap
 from hyimg.model.dit import DiT
 from hyimg.model.header_check import read_dit
@@ -36,6 +39,7 @@ from hyimg.report import Reporter, count_text
 from hyimg.training.ema import AdapterEMA
 from hyimg.training.evaluation_setup import make_evaluation
 from hyimg.training.evaluation_weights import averaged_weights
+from hyimg.training.exchange import Exchange
 from hyimg.training.identity import run_identity
 from hyimg.training.length_options import begin_at, initial_step, with_epochs_between_saves
 from hyimg.training.loop import train_loop
@@ -60,6 +64,9 @@ from hyimg.training.steps import Schedule
 from hyimg.training.timestep_plot import show_timesteps
 from hyimg.training.trackers import TrackedRun, start_trackers, tracker_names
 
+# What torch gives gloo; its 10 for NCCL are little where one process saves to a slow disk
+_MINUTES_TO_WAIT = 30
+
 _SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -78,33 +85,44 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
     Raises HyimgError for wrong input, a used output name or missing cache entries before the DiT is read, and
     RunError where the run fails.
     """
+    if prepared is None and asks_for_launch(config.duration.num_processes):
+        return launch(train, config, report, num_processes=config.duration.num_processes)
     prepared = prepared or prepare(config, report)
-    config, folder = prepared.config, prepared.folder
+    config, folder, processes = prepared.config, prepared.folder, prepared.processes
     if config.logging.output_config:
-        folder.write_config(config)
+        if processes.is_main:
+            folder.write_config(config)
         report.note(f"wrote {folder.config_path}; nothing was trained")
         return TrainResult([], 0, prepared.seed)
     if config.flow.show_timesteps is not None:
-        show_timesteps(prepared, report)
+        if processes.is_main:
+            show_timesteps(prepared, report)
         return TrainResult([], 0, prepared.seed)
-    workspace = open_training_workspace(config, report)
-    loader, texts = _open_data(prepared, workspace, report)
+    with processes.main_first():  # which reads the models' files for their hashes, and remembers those
+        workspace = open_training_workspace(config, report)
+        loader, texts = _open_data(prepared, workspace, report)
     schedule = _schedule(prepared, workspace)
     config = with_epochs_between_saves(config, schedule)
     prepared, first_step = replace(prepared, config=config), initial_step(config, schedule)
     identity = run_identity(config, loader.data, schedule)
     resumed = prepared.resumed
     if resumed is not None:
-        resumed.check(identity)
+        resumed.check(identity, processes)
     prepared.optimization.check_length(schedule.max_steps, report)
     _tell(prepared, workspace, schedule, report)
 
     state_path = resumed.saved.path if resumed is not None else None
-    claimed = folder.claim(config, overwrite=config.saving.overwrite, resumed=state_path)
-    with claimed, explained(partial(_changes_for_memory, prepared)):
+    processes.wait()  # until all have seen the folder as it was
+    claimed: AbstractContextManager[None] = nullcontext()
+    if processes.is_main:
+        claimed = folder.claim(config, overwrite=config.saving.overwrite, resumed=state_path)
+    timeout = timedelta(minutes=config.hub.ddp_timeout or _MINUTES_TO_WAIT)
+    group = process_group(processes, prepared.device, timeout)
+    with claimed, group, explained(partial(_changes_for_memory, prepared)):
         run = _make_run(prepared, workspace, loader, texts, schedule, identity, report)
         if resumed is None:
             begin_at(run, first_step)
+        processes.wait()  # one may have read the model much faster than another
         try:
             with run.metrics, run.uploads or nullcontext():
                 train_loop(run)
@@ -113,7 +131,8 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
             report.warning(f"stopped after step {run.step} of {schedule.max_steps}; {last}")
             raise
         finally:
-            run.accelerator.end_training()
+            for tracker in run.accelerator.trackers:
+                tracker.finish()
     return TrainResult(run.saved, run.step, prepared.seed)
 
 
@@ -162,7 +181,9 @@ def _make_run(
         accelerator=_accelerator(prepared, log_name, started, report),
         plugins=prepared.plugins,
         metrics=MetricsLog(
-            prepared.folder.metrics_path, resumed.saved.metrics() if resumed is not None else ""
+            prepared.folder.metrics_path,
+            resumed.saved.metrics() if resumed is not None else "",
+            writes=prepared.processes.is_main,
         ),
         report=report,
         describe=_describer(config, workspace, started),
@@ -177,6 +198,7 @@ def _make_run(
         identity=identity,
         log_name=log_name,
         started=started,
+        exchange=Exchange(prepared.processes, prepared.device),
         resumed=resumed,
         uploads=prepared.uploads,
     )
@@ -231,7 +253,7 @@ def _open_data(
 def _schedule(prepared: Preparation, workspace: Workspace) -> Schedule:
     return Schedule.plan(
         lambda epoch: epoch_batches(workspace.found.samples, seed=prepared.seed, epoch=epoch),
-        accumulation=prepared.config.optimizer.gradient_accumulation_steps,
+        accumulation=prepared.config.optimizer.gradient_accumulation_steps * prepared.processes.world,
         max_train_steps=prepared.config.duration.max_train_steps,
         max_train_epochs=prepared.config.duration.max_train_epochs,
     )
@@ -251,6 +273,10 @@ def _tell(prepared: Preparation, workspace: Workspace, schedule: Schedule, repor
         f"data: {count_text(len(samples), 'image')}, {sum(s.num_repeats for s in samples)} an epoch with repeats, "
         f"{schedule.batches_per_epoch} batches"
     )
+    if prepared.processes.world > 1:
+        report.note(
+            f"processes: {prepared.processes.world}, which share each step's {schedule.accumulation} batches"
+        )
     report.note(
         f"run: {count_text(schedule.max_steps, 'step')} in {count_text(schedule.num_epochs, 'epoch')}, "
         f"seed {prepared.seed}"

@@ -70,19 +70,21 @@ def _render_samples(
     def path_of(number: int) -> Path:
         return run.folder.sample_path(number, epoch=epoch, step=step)
 
-    with _undisturbed(run):
+    own: dict[int, Path] = {}
+    with _undisturbed(run), run.processes.one_voice(run.report) as voice:
         try:
-            rendered = samples.render(path_of, run.report)
+            own = samples.render(path_of, voice)
         except Exception as error:
             if out_of_memory_place(error) is None:
                 raise
-            run.report.warning(
+            voice.warning(
                 "out of memory: no samples this time, and training goes on; a smaller size in the prompt file "
                 "or `--vae_tile_size 512` needs less"
             )
-            return
-    show_images(run.accelerator, [image for _, image in rendered], run.step)
-    if rendered:
+    shares = run.processes.gather([(number, str(path)) for number, path in own.items()])
+    rendered = sorted((number, Path(path)) for share in shares for number, path in share)
+    if rendered and run.processes.is_main:
+        show_images(run.accelerator, rendered, run.step)
         run.report.note(f"samples: {len(rendered)} in {run.folder.sample_dir}")
 
 

@@ -43,6 +43,7 @@ def _validator(
         held_back_data,
         familiar_data,
         max_batches=prepared.config.validation.max_validation_steps,
+        processes=prepared.processes,
     )
 
 
@@ -59,4 +60,12 @@ def _samples(
     )
     # prompts that do not say a size are rendered at that of the training
     plan = replace(prepared.sample_plan, options=sampling_of(config.validation, (height, width)))
-    return SampleRenderer(plan, objective.dit, data.text_store, config.vae, config.compute, config.dit.dit)
+    return SampleRenderer(
+        plan,
+        objective.dit,
+        data.text_store,
+        config.vae,
+        config.compute,
+        config.dit.dit,
+        processes=prepared.processes,
+    )

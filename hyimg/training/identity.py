@@ -23,6 +23,7 @@ from hyimg.config.run import Hub, Logging, Metadata, Saving, Validation
 from hyimg.config.tools import Common
 from hyimg.data.sample import Sample
 from hyimg.data.training_data import TrainingData
+from hyimg.memory.processes import Processes
 from hyimg.model.safetensors_file import Checkpoint
 from hyimg.training.run_file import plain
 from hyimg.training.steps import Schedule
@@ -37,6 +38,7 @@ _FREE = frozenset(
     {
         *("dit", "base_weights", "network_weights", "dim_from_weights"),  # by content
         *("train_batch_size", "prior_loss_weight", "masked_loss"),  # by what the dataset becomes with them
+        *("num_processes", "gradient_accumulation_steps"),  # by the batches that they make a step of
         *("max_train_steps", "max_train_epochs"),  # by the length, where the rate follows it
         *("device", "disable_mmap_load_safetensors", "network_train_unet_only", "strict_patterns"),
         # bit-equal with and without
@@ -80,6 +82,7 @@ def run_identity(config: TrainConfig, data: TrainingData, schedule: Schedule) ->
         "base model": checkpoint_identity(config.dit.dit),
         "base weights": [checkpoint_identity(path) for path in config.network_training.base_weights],
         "length": schedule.max_steps,
+        "batches a step": schedule.accumulation,
     }
 
 
@@ -135,6 +138,11 @@ def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     """A line for each part of a run's identity, its options apart, that is another one than in the state."""
     found = _dataset_differences(saved["dataset"], own["dataset"])
     found += [sentence for what, sentence in _FILES.items() if saved[what] != own[what]]
+    if saved["batches a step"] != own["batches a step"]:
+        found.append(
+            "batches a step (`--gradient_accumulation_steps` times the number of processes): "
+            f"{saved['batches a step']} then, {own['batches a step']} now"
+        )
     if saved["length"] != own["length"] and _rate_follows_length(own["options"]):
         found.append(
             f"the run has {own['length']} steps and had {saved['length']}, which the learning rate follows"
@@ -142,7 +150,7 @@ def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def machine() -> dict[str, Any]:
+def machine(processes: Processes) -> dict[str, Any]:
     """What the same run may round otherwise on."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
@@ -150,6 +158,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "GPU": name,
         "number of threads": torch.get_num_threads(),
+        "number of processes": processes.world,
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from hyimg.data.training_data import LoadedBatch
 from hyimg.lora.max_norm import limit_norms
 from hyimg.report import Task
+from hyimg.training.exchange import StepTally
 from hyimg.training.nonfinite import StepImages
 from hyimg.training.run import Run
 from hyimg.training.saving import save_after_epoch, save_after_step, save_at_end, stop_if_asked
@@ -50,10 +51,11 @@ def train_loop(run: Run) -> None:
         if run.step == 0:
             run.evaluation.at_start(run)
         for epoch in schedule.epochs(after_step=run.step, ended=run.epoch):
-            batches = run.loader.load(epoch.batches, epoch=epoch.number)
+            rank, world = run.processes.rank, run.processes.world
+            batches = run.loader.load(epoch.share(rank, world), epoch=epoch.number)
             for step in epoch.steps:
                 started = time.perf_counter()
-                result = train_step(run, step, epoch, islice(batches, len(step.batches)))
+                result = train_step(run, step, epoch, islice(batches, len(step.share(rank, world))))
                 run.step = step.number
                 notify("hyimg_step_end", run=run, step=step.number, loss_B=result.loss_B)
                 seconds = time.perf_counter() - started
@@ -74,32 +76,31 @@ def train_loop(run: Run) -> None:
 def train_step(run: Run, step: Step, epoch: Epoch, batches: Iterable[LoadedBatch]) -> StepResult:
     """One optimiser step.
 
-    The gradient is the sum over the step's images divided by their number, whatever the batches' sizes.
+    The gradient is the sum over the step's images divided by their number, whatever the batches' sizes and
+    whichever process has shown them; `batches` are this process's share, loaded.
     """
-    keys: list[str] = []
-    sigmas: list[Tensor] = []
-    losses: list[Tensor] = []
-    kept: list[Tensor] = []
-    for number, batch in enumerate(batches):
+    shown = StepTally(step)
+    own = step.share(run.processes.rank, run.processes.world)
+    for number, batch in zip(own, batches, strict=True):
         run.network.set_multiplier(batch.network_multiplier)
         run.network.set_dropout_key(run.seed, step.number, number, num_images=len(batch.sample_keys))
         loss_B, sigma_B = run.objective(batch, epoch.number)
         _backward(run, loss_B, step)
-        keys += batch.sample_keys
-        sigmas.append(sigma_B)
-        losses.append(loss_B.detach())
+        shown.add(number, loss_B.detach(), sigma_B)
         for preservation_B in run.preservation.losses(batch, epoch.number):
             _backward(run, preservation_B, step)
-            kept.append(preservation_B.detach())
+            shown.add_preservation(preservation_B.detach())
     run.network.set_dropout_key(None)
-    loss_B = torch.cat(losses).float().cpu()
-    timesteps = (torch.cat(sigmas) * 1000).tolist()
-    run.measured = {"loss_preservation": float(torch.cat(kept).sum()) / step.num_samples} if kept else {}
+    totals = run.exchange.totals(shown, run.stepper.parameters)
+    loss_B, timesteps = totals.loss_B, (totals.sigma_B * 1000).tolist()
+    kept = bool(run.preservation.terms)
+    run.measured = {"loss_preservation": totals.preservation / step.num_samples} if kept else {}
     norm = run.stepper.gradient_norm()
     if bool(torch.isfinite(loss_B).all()) and run.stepper.overflowed(norm):
         # the loss was scaled too high for the precision, which the scaler mends: no failure
         run.stepper.skip()
         return StepResult(loss_B, timesteps, norm, taken=False)
+    keys = [key for batch in step.batches for key in run.loader.keys(batch)]
     images = StepImages(keys, timesteps, loss_B)
     taken = run.guard.admits(
         step.number, images, norm, run.network, last_good=run.last_good, report=run.report

@@ -16,12 +16,13 @@ class MetricsLog:
     """Appends a line a step; a line is written whole and flushed, so that a killed run leaves whole lines.
 
     It writes in a `with` block, which begins the file with `before`: the lines of the steps that a resumed
-    run does not repeat.
+    run does not repeat. With `writes` false it does not: one process of a run keeps its metrics.
     """
 
-    def __init__(self, path: Path, before: str = "") -> None:
+    def __init__(self, path: Path, before: str = "", *, writes: bool = True) -> None:
         self.path = path
         self._before = before
+        self._writes = writes
 
     def text(self) -> str:
         """All lines so far."""
@@ -32,6 +33,8 @@ class MetricsLog:
 
         Raises RunError where it cannot be written.
         """
+        if not self._writes:
+            return
         try:
             self._file.write(json.dumps({k: _finite(v) for k, v in values.items()}) + "\n")
             self._file.flush()
@@ -41,14 +44,16 @@ class MetricsLog:
             ) from error
 
     def __enter__(self) -> MetricsLog:
-        atomic_write_text(self.path, self._before)
-        self._file = self.path.open("a", encoding="utf-8")
+        if self._writes:
+            atomic_write_text(self.path, self._before)
+            self._file = self.path.open("a", encoding="utf-8")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._writes:
+            self._file.close()
 
 
 def _finite(value: object) -> object:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from hyimg.flow.weighting import idle_weighting
 from hyimg.lora.plan import ModulePlan
 from hyimg.memory.device import compute_dtype, resolve_device
 from hyimg.memory.dit import DiTOptions
+from hyimg.memory.processes import Processes
 from hyimg.model.architecture import DiTArch
 from hyimg.model.loading import check_dit, check_vae
 from hyimg.plugins import Plugins, bind_arguments, load_plugins, parse_arguments
@@ -37,6 +37,7 @@ from hyimg.training.resume import Resumed, find_state
 from hyimg.training.run_folder import RunFolder
 from hyimg.training.samples import SamplePlan, require_prompts, sampling_of
 from hyimg.training.saving import warn_of_idle_saving
+from hyimg.training.state_folder import read_state
 from hyimg.training.trackers import check_trackers
 from hyimg.training.uploads import Uploads, prepare_uploads
 from hyimg.training.validation import require_held_back
@@ -61,6 +62,7 @@ class Preparation:
     plugins: Plugins
     sample_plan: SamplePlan | None
     folder: RunFolder
+    processes: Processes
     resumed: Resumed | None = None
     uploads: Uploads | None = None
 
@@ -79,14 +81,11 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
 
     Raises HyimgError for the first thing that is wrong.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise HyimgError(
-            "training in several processes is not available yet",
-            hint="start `hyimg train` without a launcher",
-        )
+    processes = Processes.current()
     if config.logging.logging_dir is not None and config.logging.log_with is None:
         config = replace(config, log_with="tensorboard")  # as in the reference tool
     device = resolve_device(config.compute.device)
+    _check_processes(config, device, processes)
     assert config.dit.dit is not None
     arch = check_dit(config.dit.dit)
     dit_options = DiTOptions.of(config.memory, config.training_memory)
@@ -113,14 +112,15 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     _check_together(config, network, optimization)
     assert config.saving.output_dir is not None
     folder = RunFolder(config.saving.output_dir, config.saving.output_name, config.saving.save_format)
-    resumed = _resumed(config, folder, report)
+    resumed = _resumed(config, folder, report, processes)
     folder.check(overwrite=config.saving.overwrite, resumed=resumed.saved.path if resumed else None)
     if config.logging.logging_dir is not None:
         require_writable_folder(config.logging.logging_dir)
     check_trackers(config.logging, report)
     seed = config.duration.seed
     if seed is None:
-        seed = resumed.seed if resumed is not None else keyed_seed(time.time_ns()) % 2**32
+        drawn = resumed.seed if resumed is not None else keyed_seed(time.time_ns()) % 2**32
+        seed = int(processes.broadcast(drawn))
     config = replace(config, seed=seed)  # a drawn seed is part of what repeats the run
     if resumed is not None:
         resumed.check_options(options_identity(config))
@@ -139,6 +139,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
         plugins=plugins,
         sample_plan=_sample_plan(config, arch, plugins),
         folder=folder,
+        processes=processes,
         resumed=resumed,
         uploads=prepare_uploads(config, report) if trains else None,  # last: it may make a repository
     )
@@ -170,6 +171,24 @@ def open_encoders(config: TrainConfig, workspace: Workspace | None = None) -> Te
         return None
     memo = workspace.index if workspace is not None else None
     return TextEncoders.open(files.text_encoder, files.byt5, files.tokenizer, fp8=files.fp8_vl, memo=memo)
+
+
+def _check_processes(config: TrainConfig, device: torch.device, processes: Processes) -> None:
+    """Raises HyimgError for what several processes cannot do."""
+    if processes.world == 1:
+        return
+    if config.optimizer.fused_backward_pass:
+        raise HyimgError(
+            "`--fused_backward_pass` cannot be used in several processes: "
+            "a gradient is used up before those of the others are added to it",
+            hint="leave one of the two out",
+        )
+    name = config.compute.device
+    if device.type == "mps" or (device.type == "cuda" and name is not None and ":" in name):
+        raise HyimgError(
+            f"`--device {name or device}` is one device, and there are {processes.world} processes",
+            hint="leave `--device` out to give each process a GPU of its own, or start one process",
+        )
 
 
 def _check_together(config: TrainConfig, network: NetworkSetup, optimization: Optimization) -> None:
@@ -204,7 +223,10 @@ def _sample_plan(config: TrainConfig, arch: DiTArch, plugins: Plugins) -> Sample
     return plan
 
 
-def _resumed(config: TrainConfig, folder: RunFolder, report: Reporter) -> Resumed | None:
+def _resumed(
+    config: TrainConfig, folder: RunFolder, report: Reporter, processes: Processes
+) -> Resumed | None:
+    """The state that the main process finds, in every process."""
     saving = config.saving
     if saving.resume is None:
         if saving.resume_force:
@@ -215,10 +237,15 @@ def _resumed(config: TrainConfig, folder: RunFolder, report: Reporter) -> Resume
                 hint="name the state: `--resume OWNER/NAME/PATH`",
             )
         return None
-    given = saving.resume
-    if config.hub.resume_from_huggingface:
-        given = str(download_state(given, config.hub.huggingface_token))
-    saved = find_state(given, folder, report, overwrite=saving.overwrite)
+    saved = None
+    if processes.is_main:
+        given = saving.resume
+        if config.hub.resume_from_huggingface:
+            given = str(download_state(given, config.hub.huggingface_token))
+        saved = find_state(given, folder, report, overwrite=saving.overwrite)
+    path = processes.broadcast(str(saved.path) if saved is not None else None)
+    if path is not None and saved is None:
+        saved = read_state(Path(path))
     return Resumed(saved, saving.resume_force, report) if saved is not None else None
 
 

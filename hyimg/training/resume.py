@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hyimg.errors import HyimgError, RunError
+from hyimg.memory.processes import Processes
 from hyimg.plugins import describe
 from hyimg.report import Reporter
 from hyimg.training.identity import differences, machine, machine_differences, option_differences
@@ -67,7 +68,7 @@ class Resumed:
         """Raises HyimgError for options that would change the result; with `force` they are warned of."""
         self._judge(option_differences(self.saved.document["identity"]["options"], options))
 
-    def check(self, identity: Mapping[str, Any]) -> None:
+    def check(self, identity: Mapping[str, Any], processes: Processes) -> None:
         """As `check_options`, for everything else that decides the result; also tells of another machine."""
         if self.step > identity["length"]:
             raise HyimgError(
@@ -75,7 +76,7 @@ class Resumed:
                 hint="raise `--max_train_steps` or `--max_train_epochs`",
             )
         self._judge(differences(self.saved.document["identity"], identity))
-        others = machine_differences(self.saved.document["machine"], machine())
+        others = machine_differences(self.saved.document["machine"], machine(processes))
         if others:
             self.report.warning(f"rounding may differ from the state's: {', '.join(others)}")
 

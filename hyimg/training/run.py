@@ -15,10 +15,12 @@ from torch.optim import Optimizer
 from hyimg.config.commands import TrainConfig
 from hyimg.data.training_data import BatchLoader
 from hyimg.lora.network import LoRANetwork
+from hyimg.memory.processes import Processes
 from hyimg.plugins import Plugins
 from hyimg.report import Reporter
 from hyimg.training.ema import AdapterEMA
 from hyimg.training.evaluation import Evaluation
+from hyimg.training.exchange import Exchange
 from hyimg.training.metrics import MetricsLog
 from hyimg.training.nonfinite import NonFiniteGuard
 from hyimg.training.objective import Objective
@@ -40,7 +42,8 @@ class Run:
     a file saved now, `identity` decides the run's numbers (`hyimg.training.identity`), `log_name` is the
     tracker's folder and `started` the time of the first start, in seconds since the epoch. Each of
     `evaluation_modes` makes a block in which the weights are those to use, where they are not those that
-    the optimiser moves.
+    the optimiser moves. Each of several processes (`processes`) has a run of its own with the same weights;
+    the main one's is that which writes.
     """
 
     config: TrainConfig
@@ -62,6 +65,7 @@ class Run:
     identity: Mapping[str, Any]
     log_name: str
     started: float
+    exchange: Exchange
     ema: AdapterEMA | None = None
     resumed: Resumed | None = None
     uploads: Uploads | None = None
@@ -74,6 +78,10 @@ class Run:
     evaluation_modes: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
     saved: list[Path] = field(default_factory=list)
     saved_states: list[Path] = field(default_factory=list)
+
+    @property
+    def processes(self) -> Processes:
+        return self.exchange.processes
 
     @property
     def optimizer(self) -> Optimizer:
@@ -102,7 +110,12 @@ class Run:
             yield
 
     def save(self, *, epoch: int | None = None, step: int | None = None) -> None:
-        """Saves the LoRA as it is now, under the name of an epoch, of a step, or the final one."""
+        """Saves the LoRA as it is now, under the name of an epoch, of a step, or the final one.
+
+        Of several processes the main one does.
+        """
+        if not self.processes.is_main:
+            return
         path = self.folder.lora_path(epoch=epoch, step=step)
         with self.evaluation_weights():
             files = self.folder.save(path, self.network.state(), self.describe(self), self.save_dtype)

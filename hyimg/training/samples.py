@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from hyimg.cache.entries import DamagedEntryError, MissingEntryError
@@ -36,6 +35,7 @@ from hyimg.flow.renderer import (
     settings_of,
 )
 from hyimg.flow.sizes import check_size
+from hyimg.memory.processes import Processes
 from hyimg.model.architecture import DiTArch
 from hyimg.model.dit import DiT
 from hyimg.plugins import Plugins
@@ -126,8 +126,17 @@ class SampleRenderer:
     """Renders the samples of a run; leaves weights, adapters and random generators as they were."""
 
     def __init__(
-        self, plan: SamplePlan, dit: DiT, store: TextStore, vae: VAEFile, compute: Compute, dit_path: Path
+        self,
+        plan: SamplePlan,
+        dit: DiT,
+        store: TextStore,
+        vae: VAEFile,
+        compute: Compute,
+        dit_path: Path,
+        *,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
         self.plan = plan
         self.dit = dit
         self.store = store
@@ -135,16 +144,16 @@ class SampleRenderer:
         self.compute = compute
         self.dit_path = dit_path
 
-    def render(self, path_of: Callable[[int], Path], report: Reporter) -> list[tuple[Path, Image.Image]]:
-        """Renders every prompt that can be, saves each as `path_of(number from 1)`, and gives the pictures.
+    def render(self, path_of: Callable[[int], Path], report: Reporter) -> dict[int, Path]:
+        """Renders this process's share of the prompts that can be; gives the files by number, from 1.
 
         A file that has become wrong, or a prompt that is not in the cache, is a warning: the run goes on.
         """
         try:
-            specs = self.plan.read()
+            specs = self.plan.read()[self.processes.rank :: self.processes.world]
         except HyimgError as error:
             report.warning(f"no samples: {error.message}")
-            return []
+            return {}
         states: dict[str, PromptStates] = {}
         known: list[RenderSpec] = []
         for spec in specs:
@@ -155,13 +164,12 @@ class SampleRenderer:
                 report.warning(f"no sample of prompt {spec.index + 1}: {error.message}; {error.hint}")
         latents = self._latents(known, states, report)
         vae = load_decoder(self.vae, self.compute)
-        saved = []
+        saved = {}
         for spec, latent_BCHW in zip(known, latents, strict=True):
-            image = decode_image(vae, latent_BCHW)
             path = path_of(spec.index + 1)
             settings = settings_of(spec, self.plan.options, self.compute.mixed_precision, self.dit_path, [])
-            save_png(image, path, settings)
-            saved.append((path, image))
+            save_png(decode_image(vae, latent_BCHW), path, settings)
+            saved[spec.index + 1] = path
         del vae
         free_memory(self.dit.device)
         return saved

@@ -42,7 +42,7 @@ def warn_of_idle_saving(config: TrainConfig, report: Reporter) -> None:
 def save_after_step(run: Run) -> None:
     """The saves that are due after a step: every so many, and where the user asks for one by a file."""
     saving, every = run.config.saving, run.config.saving.save_every_n_steps
-    asked = run.folder.save_now_path.exists()
+    asked = run.processes.is_main and run.folder.save_now_path.exists()
     due = every is not None and run.step % every == 0
     if due or asked:
         _save_step(run, state=saving.save_state or asked)
@@ -83,14 +83,16 @@ def stop_if_asked(run: Run, stop: StopRequest) -> None:
 
     Raises StoppedError.
     """
-    if stop.signal is None or run.step == run.schedule.max_steps:
+    signal = run.exchange.agreed(stop.signal)
+    if signal is None or run.step == run.schedule.max_steps:
         return
     _save_step(run, state=True)
+    run.processes.wait()  # the first process that ends may end all
     raise StoppedError(
-        f"stopped by {'Ctrl-C' if stop.signal.name == 'SIGINT' else stop.signal.name} "
+        f"stopped by {'Ctrl-C' if signal.name == 'SIGINT' else signal.name} "
         f"after step {run.step} of {run.schedule.max_steps}",
         hint=f"go on with `hyimg train --config {shlex.quote(str(run.folder.config_path))} --resume latest`",
-        signal_number=stop.signal,
+        signal_number=signal,
     )
 
 
@@ -108,7 +110,9 @@ def _save_step(run: Run, *, state: bool) -> None:
 
 
 def save_state(run: Run, path: Path) -> None:
-    """Saves everything that the run needs to go on from here, as the folder `path`."""
+    """Saves everything that the run needs to go on from here, as the folder `path`; the main process does."""
+    if not run.processes.is_main:
+        return
     trees, tensors = {}, {}
     for part in run.parts:
         trees[part.name], tensors[part.name] = pack(part.state_dict())
@@ -122,7 +126,7 @@ def save_state(run: Run, path: Path) -> None:
         "epoch": run.epoch,
         "batches_of_epoch": run.schedule.batches_done(after_step=run.step, ended=run.epoch),
         "identity": run.identity,
-        "machine": machine(),
+        "machine": machine(run.processes),
         "parts": trees,
     }
     write_state(path, document, tensors, run.metrics.text())
@@ -134,6 +138,8 @@ def save_state(run: Run, path: Path) -> None:
 
 def _rotate(run: Run, what: str, *, loras: int | None, states: int | None) -> None:
     """Removes the LoRA files and the states of epochs or steps below those numbers; None removes none."""
+    if not run.processes.is_main:
+        return
     if loras is not None:
         for path in run.folder.older(what, ending=".safetensors", than=loras):
             _wait_for_upload(run, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -24,12 +25,14 @@ class StopRequest:
                 if stop.signal is not None:
                     break
 
-    The second raises KeyboardInterrupt or Terminated, wherever the program is. Python hands signals to the
-    main thread only; in another one the block changes nothing.
+    The second raises KeyboardInterrupt or Terminated, wherever the program is. Under torchrun or
+    `accelerate launch`, which hand the terminal's Ctrl-C on as a SIGTERM, that is no second. Python hands
+    signals to the main thread only; in another one the block changes nothing.
     """
 
     def __init__(self, report: Reporter) -> None:
         self.signal: signal.Signals | None = None
+        self._under_launcher = "TORCHELASTIC_RUN_ID" in os.environ
         self._report = report
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
@@ -46,6 +49,8 @@ class StopRequest:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._under_launcher and number == signal.SIGTERM and self.signal == signal.SIGINT:
+            return
         if self.signal is not None:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self.signal = signal.Signals(number)

@@ -23,6 +23,15 @@ class Step:
     def num_samples(self) -> int:
         return sum(len(batch) for batch in self.batches)
 
+    def share(self, rank: int, world: int) -> range:
+        """Which of the batches the process `rank` of `world` takes; at an epoch's end it may be none."""
+        return range(rank, len(self.batches), world)
+
+    def places(self, number: int) -> range:
+        """Where the images of a batch stand among all of the step."""
+        before = sum(len(batch) for batch in self.batches[:number])
+        return range(before, before + len(self.batches[number]))
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -32,18 +41,18 @@ class Epoch:
     steps: Sequence[Step]
     complete: bool
 
-    @property
-    def batches(self) -> list[Batch]:
-        return [batch for step in self.steps for batch in step.batches]
+    def share(self, rank: int, world: int) -> list[Batch]:
+        """The batches that the process `rank` of `world` takes, in order."""
+        return [step.batches[number] for step in self.steps for number in step.share(rank, world)]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How the epochs' batches become steps.
 
-    A step takes `accumulation` consecutive batches of one epoch; what is left at an epoch's end makes a
-    smaller step, so that no image is dropped. `epoch_batches(epoch)` gives an epoch's batches in order, as
-    many in every epoch.
+    A step takes `accumulation` consecutive batches of one epoch, over all processes; what is left at an
+    epoch's end makes a smaller step, so that no image is dropped. `epoch_batches(epoch)` gives an epoch's
+    batches in order, as many in every epoch.
     """
 
     epoch_batches: Callable[[int], Sequence[Batch]]

@@ -107,12 +107,13 @@ def start_trackers(accelerator: Accelerator, run: TrackedRun, report: Reporter) 
         _tell(accelerator.get_tracker(WANDB, unwrap=True), run, report)
 
 
-def show_images(accelerator: Accelerator, images: Sequence[Image.Image], step: int) -> None:
+def show_images(accelerator: Accelerator, images: Sequence[tuple[int, Path]], step: int) -> None:
     """Gives pictures, by the number of their prompt, to the trackers that take some."""
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == TENSORBOARD else {}
-        for number, image in enumerate(images, start=1):
-            tracker.log_images({f"sample/{number}": np.asarray(image)[None]}, step=step, **layout)
+        for number, path in images:
+            pixels_1HWC = np.asarray(Image.open(path))[None]
+            tracker.log_images({f"sample/{number}": pixels_1HWC}, step=step, **layout)
 
 
 def _wandb_arguments(run: TrackedRun) -> dict[str, Any]:

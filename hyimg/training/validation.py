@@ -10,8 +10,9 @@ Shapes: B batch
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,7 @@ from hyimg.data.batches import Batch, epoch_batches
 from hyimg.data.sample import Sample
 from hyimg.data.training_data import LoadedBatch, TrainingData
 from hyimg.errors import HyimgError
+from hyimg.memory.processes import Processes
 from hyimg.model.conditioning import collate
 from hyimg.randomness import keyed_random
 from hyimg.training.bands import BANDS, band_name, band_of
@@ -43,7 +45,7 @@ class Validator:
     """Measures the model on held-back images and, beside them, on as many training images.
 
     `held_back` and `familiar` are data that show each image plainly (`TrainingData(..., plain=True)`). At most
-    `max_batches` batches of each are asked.
+    `max_batches` batches of each are asked. Several processes share them; the numbers are the same.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class Validator:
         familiar: TrainingData,
         *,
         max_batches: int | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.objective = objective
+        self.processes = processes or Processes()
         self.held_back = held_back
         self.familiar = familiar
         self.batches = epoch_batches(held_back.samples, seed=0, epoch=0, shuffle=False)[:max_batches]
@@ -78,12 +82,14 @@ class Validator:
         """How often the model is asked at each validation."""
         return len(self.sigmas) * (len(self.batches) + len(self.familiar_batches))
 
-    def _ask(self, data: TrainingData, batches: Iterable[Batch]) -> Measurement:
-        losses: dict[int, list[float]] = {}
-        for batch in batches:
+    def _ask(self, data: TrainingData, batches: Sequence[Batch]) -> Measurement:
+        own: list[tuple[int, list[float]]] = []
+        for batch in batches[self.processes.rank :: self.processes.world]:
             loaded = data[0, batch]
-            for sigma in self.sigmas:
-                losses.setdefault(band_of(sigma * 1000), []).extend(self._losses(loaded, sigma).tolist())
+            own += [(band_of(sigma * 1000), self._losses(loaded, sigma).tolist()) for sigma in self.sigmas]
+        losses: dict[int, list[float]] = {}
+        for band, of_batch in itertools.chain.from_iterable(self.processes.gather(own)):
+            losses.setdefault(band, []).extend(of_batch)
         every = [loss for band in losses.values() for loss in band]
         return Measurement(_mean(every), {band: _mean(of_band) for band, of_band in losses.items()})
 

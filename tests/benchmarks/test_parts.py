@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, training_step
+from benchmarks import gpu, training_run, training_step
 from benchmarks.__main__ import PARTS, main, row
 from benchmarks.figures import Figure, Options
 from benchmarks.models import TOY, attach_lora, inputs, random_dit
@@ -41,6 +41,15 @@ def test_a_part_measures_at_toy_sizes(part: str, tmp_path: Path) -> None:
     figures = list(importlib.import_module(f"benchmarks.{part}").measure(toy(tmp_path, only="fp32")))
     assert len({figure.name for figure in figures}) == len(figures) >= 5
     assert all(figure.peak_mb is not None for figure in figures)
+
+
+def test_a_run_is_taken_apart_into_model_optimiser_and_loop(tmp_path: Path) -> None:
+    step, start = training_run.measure(toy(tmp_path, only="fp32"))
+    assert (
+        step.values["step"] > step.values["forward"] + step.values["backward"] + step.values["optimizer"] > 0
+    )
+    assert step.values["loop_share"] > 0
+    assert start.values["to_first_step"] > start.values["to_run_start"] > 0
 
 
 def test_the_gpu_part_runs_on_a_cpu_too(tmp_path: Path) -> None:

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomli
+import tomli_w
+import torch
+from safetensors.torch import load_file
 
 from hyimg.config.commands import MakeTinyModelConfig
 from hyimg.config.load import make
@@ -112,6 +116,35 @@ def test_the_command_of_section_4_trains(deep, own_dataset, tmp_path):
         "my_hunyuan_lora.safetensors"
     }
 
+    # the same run from a TOML file with those options, on the caches that are there
+    seed = tomli.loads((tmp_path / "out" / "my_hunyuan_lora.run.toml").read_text())["seed"]
+    options = {"seed": seed}
+    for word in arguments[arguments.index("train") + 1 :]:
+        name, has_value, value = word.removeprefix("--").partition("=")
+        options[name] = _literal(value) if has_value else True
+    options["blocks_to_swap"] = 0  # which changes nothing, and takes less time
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(options | {"output_dir": str(tmp_path / "again")}), encoding="utf-8")
+    again = subprocess.run(
+        [sys.executable, "-m", "hyimg", "train", "--config", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    first, second = (load_file(tmp_path / name / "my_hunyuan_lora.safetensors") for name in ("out", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def _literal(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
 
 @pytest.mark.parametrize("text", [ADAFACTOR, *PATTERNS], ids=["adafactor", "ranks", "rates"])
 def test_the_lines_of_section_6_train(hyimg, cached_dataset, tmp_path, text):
@@ -125,11 +158,33 @@ def test_the_lines_of_section_6_train(hyimg, cached_dataset, tmp_path, text):
         assert "matches no module" in err, "the guide's patterns are of other models"
 
 
-def test_the_dataset_file_of_section_6_4_is_read(hyimg, own_dataset, tmp_path):
+@pytest.mark.long
+def test_the_dataset_file_of_section_6_4_trains(hyimg, own_dataset, tmp_path):
     images = own_dataset.parent / "images"
     text = DATASET.replace("path/to/image/directory", str(images))
     path = tmp_path / "guide.toml"
     path.write_text(text.replace("path/to/another/directory", str(images)), encoding="utf-8")
-    code, out, err = hyimg("dataset", path)
+    files = [word for name in ("dit", "vae", "text_encoder", "byt5") for word in (f"--{name}", f"{{{name}}}")]
+    code, _, err = hyimg(
+        *(
+            "train",
+            *files,
+            "--dataset_config",
+            path,
+            "--output_dir",
+            tmp_path / "run",
+            "--max_train_epochs",
+            1,
+        ),
+        *(
+            "--cache_latents",
+            "--cache_text_encoder_outputs",
+            "--caption_variants",
+            2,
+            "--gradient_checkpointing",
+        ),
+    )
     assert code == 0, err
-    assert "1280" in out + err
+    # five images in each dataset: by their shapes they make four batches of up to two, and five of one
+    assert "10 images, 10 an epoch with repeats, 9 batches" in err
+    assert (tmp_path / "run" / "lora.safetensors").is_file()

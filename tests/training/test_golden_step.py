@@ -18,11 +18,13 @@ from hyimg.config.network import NetworkTraining
 from hyimg.flow.losses import l2
 from hyimg.flow.timesteps import uniform
 from hyimg.lora.network import LoRANetwork
+from hyimg.memory.processes import Processes
 from hyimg.model.architecture import DiTArch
 from hyimg.model.conditioning import TextCondition
 from hyimg.model.dit import DiT
 from hyimg.plugins import load_plugins
 from hyimg.report import SilentReporter
+from hyimg.training.exchange import Exchange
 from hyimg.training.loop import train_step
 from hyimg.training.nonfinite import NonFiniteGuard
 from hyimg.training.objective import NoisedBatch, Objective
@@ -75,6 +77,9 @@ class Golden:
             seed=0,
             preservation=Preservation(self.objective, self.network, [], lambda prompt: None),
             ema=None,
+            processes=Processes(),
+            exchange=Exchange(Processes(), torch.device("cpu")),
+            loader=SimpleNamespace(keys=lambda batch: ["first", "second"]),
         )
         losses = []
         for number in range(1, num_steps + 1):

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from hyimg.config.network import NetworkTraining
 from hyimg.errors import RunError
+from hyimg.memory.processes import Processes
 from hyimg.model.safetensors_file import read_header
 from hyimg.report import SilentReporter
+from hyimg.training.exchange import Exchange
 from hyimg.training.loop import train_step
 from hyimg.training.nonfinite import NonFiniteGuard
 from hyimg.training.stepping import Stepper
@@ -43,7 +45,10 @@ class OneParameter:
             report=SilentReporter(),
             config=SimpleNamespace(network_training=NetworkTraining()),
             seed=7,
-            preservation=SimpleNamespace(losses=lambda batch, epoch: iter(self.preserved(batch))),
+            preservation=SimpleNamespace(losses=lambda batch, epoch: iter(self.preserved(batch)), terms=[]),
+            processes=Processes(),
+            exchange=Exchange(Processes(), torch.device("cpu")),
+            loader=SimpleNamespace(keys=lambda numbers: [f"image {n:g}" for n in numbers]),
             ema=None,
         )
 
@@ -90,6 +95,7 @@ def test_each_batch_drops_by_the_key_of_its_place_in_the_step_and_nothing_is_dro
 
 def test_what_is_preserved_adds_to_the_gradient_and_is_told_apart_from_the_loss():
     run = OneParameter()
+    run.run.preservation.terms = ["one", "another"]
     run.preserved = lambda batch: [
         torch.full((len(batch.numbers),), 10.0) * (1 + run.parameter) for _ in range(2)
     ]

@@ -320,7 +320,10 @@ def test_states_alone_make_a_name_used_and_overwriting_replaces_them(train, stop
     ("options", "line"),
     [
         ({"learning_rate": 2e-4}, "`--learning_rate`: 0.0001 then, 0.0002 now"),
-        ({"gradient_accumulation_steps": 2}, "`--gradient_accumulation_steps`: 1 then, 2 now"),
+        (
+            {"gradient_accumulation_steps": 2},
+            "batches a step (`--gradient_accumulation_steps` times the number of processes): 1 then, 2 now",
+        ),
         ({"latent_sampling": "mean"}, "`--latent_sampling`: sample then, mean now"),
         (
             {"optimizer_args": ("weight_decay=0.5",)},

@@ -56,9 +56,19 @@ def test_what_is_left_of_an_epoch_makes_a_smaller_step():
     assert [step.num_samples for epoch in schedule.epochs() for step in epoch.steps] == [2, 1, 2, 1]
 
 
+def test_processes_share_the_batches_of_each_step_and_one_of_them_may_be_idle():
+    (epoch,) = plan(5, accumulation=3, max_train_epochs=1).epochs()
+    assert [epoch.share(rank, 3) for rank in range(3)] == [
+        [["1.0"], ["1.3"]],
+        [["1.1"], ["1.4"]],
+        [["1.2"]],
+    ]
+    assert [list(step.share(1, 2)) for step in epoch.steps] == [[1], [1]]
+
+
 def test_an_epoch_that_the_steps_cut_short_is_not_complete_and_loads_no_more_than_its_steps():
     schedule = plan(3, accumulation=2, max_train_steps=3)
-    assert [(e.complete, e.batches) for e in schedule.epochs()] == [
+    assert [(e.complete, e.share(0, 1)) for e in schedule.epochs()] == [
         (True, [["1.0"], ["1.1"], ["1.2"]]),
         (False, [["2.0"], ["2.1"]]),
     ]

@@ -1,0 +1,76 @@
+"""Sums over the processes of a run, on the device: what training needs of its fellows in each step.
+
+    with process_group(processes, device, timeout):
+        sum_over_processes(gradients)
+
+`hyimg.memory.processes` tells small things at long intervals, and waits as long as it takes; this is torch's
+process group, NCCL between GPUs and gloo between CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from hyimg.errors import FellowLostError
+from hyimg.memory.processes import Processes
+
+_PIECE_VALUES = 2**24
+"""Values that are summed at once, at most: 64 MB beside the gradients, whatever the network's size."""
+
+
+@contextmanager
+def process_group(processes: Processes, device: torch.device, timeout: timedelta) -> Iterator[None]:
+    """The time in which sums can be taken; nothing for a process alone.
+
+    A sum for which another process does not come in `timeout` fails. After an error the group is left to the
+    end of the process: to close it would make the others fail before they have heard of the error.
+    """
+    if processes.world == 1:
+        yield
+        return
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=processes.rank,
+        world_size=processes.world,
+        timeout=timeout,
+    )
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def sum_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replaces each tensor by its sum over all processes, which must call with the same shapes in the same order.
+
+    Sums are taken in float32, on the tensors' device, and are the same bits in every process. Raises
+    FellowLostError where another process is gone.
+    """
+    for piece in _pieces(tensors):
+        flat = torch.cat([tensor.detach().flatten().float() for tensor in piece])
+        try:
+            torch.distributed.all_reduce(flat)
+        except RuntimeError as error:
+            raise FellowLostError("the connection to the other processes of this run is lost") from error
+        totals = torch.split_with_sizes(flat, [tensor.numel() for tensor in piece])
+        for tensor, total in zip(piece, totals, strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    piece: list[Tensor] = []
+    count = 0
+    for tensor in tensors:
+        if piece and count + tensor.numel() > _PIECE_VALUES:
+            yield piece
+            piece, count = [], 0
+        piece.append(tensor)
+        count += tensor.numel()
+    if piece:
+        yield piece
