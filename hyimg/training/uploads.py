@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -57,9 +57,10 @@ def prepare_uploads(config: TrainConfig, report: Reporter) -> Uploads | None:
 
 @dataclass(frozen=True)
 class _Upload:
-    path: Path
+    """What goes in one commit: the place in the repository of each file or folder on disk."""
+
+    places: Mapping[Path, str]
     send: Callable[[], object]
-    paths: Sequence[Path]
     over: threading.Event = field(default_factory=threading.Event)
 
 
@@ -81,11 +82,10 @@ class Uploads:
         """Uploads the files of one save together, each under its path in the run folder."""
         from huggingface_hub import CommitOperationAdd
 
+        places = {file: self.repository.path(file.relative_to(run_folder).as_posix()) for file in files}
+
         def send() -> None:
-            added = [
-                CommitOperationAdd(self.repository.path(file.relative_to(run_folder).as_posix()), str(file))
-                for file in files
-            ]
+            added = [CommitOperationAdd(place, str(file)) for file, place in places.items()]
             self.api.create_commit(
                 self.repository.repo_id,
                 added,
@@ -93,29 +93,30 @@ class Uploads:
                 repo_type=self.repository.repo_type,
             )
 
-        self._start(_Upload(files[0], send, files))
+        self._start(_Upload(places, send))
 
     def send_state(self, folder: Path) -> None:
         """Uploads a state where that is asked for, whole, in place of what lies there under its name."""
         if not self.states:
             return
+        place = self.repository.path(folder.name)
 
         def send() -> None:
             self.api.upload_folder(
                 repo_id=self.repository.repo_id,
                 repo_type=self.repository.repo_type,
                 folder_path=str(folder),
-                path_in_repo=self.repository.path(folder.name),
+                path_in_repo=place,
                 delete_patterns=["*"],
                 commit_message=f"Upload {folder.name}",
             )
 
-        self._start(_Upload(folder, send, [folder]))
+        self._start(_Upload({folder: place}, send))
 
     def wait_for(self, path: Path) -> None:
         """Returns when no upload needs `path` any more."""
         for upload in list(self._pending):
-            if path in upload.paths:
+            if path in upload.places:
                 upload.over.wait()
 
     def __enter__(self) -> Uploads:
@@ -128,7 +129,7 @@ class Uploads:
         if not pending:
             return
         if kind is not None and not issubclass(kind, HyimgError):
-            names = ", ".join(f"`{upload.path}`" for upload in pending)
+            names = ", ".join(f"`{path}`" for upload in pending for path in upload.places)
             self._report.warning(f"not uploaded, since the run was cut short: {names}")
             return
         self._report.note(f"waiting for {count_text(len(pending), 'upload')}")
@@ -157,9 +158,17 @@ class Uploads:
         try:
             upload.send()
         except Exception as error:
-            again = f"hf upload {self.repository.repo_id} {shlex.quote(str(upload.path))}"
+            names = " and ".join(f"`{path}`" for path in upload.places)
+            later = "; ".join(self._command(path, place) for path, place in upload.places.items())
             self._report.warning(
-                f"`{upload.path}` was not uploaded, and stays on disk: {reason(error)}; `{again}` does it later"
+                f"not uploaded, and still on disk: {names}: {reason(error)}; `{later}` does it later"
             )
         else:
-            self._report.note(f"uploaded {upload.path.name} to {self.repository.repo_id}")
+            places = " and ".join(upload.places.values())
+            self._report.note(f"uploaded {places} to {self.repository.repo_id}")
+
+    def _command(self, path: Path, place: str) -> str:
+        words = ["hf", "upload", self.repository.repo_id, str(path), place]
+        if self.repository.repo_type != "model":
+            words += ["--repo-type", self.repository.repo_type]
+        return shlex.join(words)

@@ -160,3 +160,15 @@ def test_show_timesteps_draws_them_and_trains_nothing(train, tmp_path):
     ]
     assert shares == pytest.approx([25] * 4, abs=1.5)
     assert not folder.exists()
+
+
+def test_samples_are_rendered_with_the_sampler_that_is_asked_for(train, prompts):
+    options = ["--sample_prompts", prompts, "--vae", "{vae}", "--max_train_steps", 1, "--sample_at_first"]
+    pictures = {}
+    for given in ("--sampler=euler", "--sampler=heun", "--sample_sampler=dpmsolver++"):
+        folder, _ = train(*options, given)
+        pictures[given] = (folder / "sample" / "lora-step00000000-01.png").read_bytes()
+    assert len(set(pictures.values())) == 3
+    folder, err = train(*options, "--sampler", "hewn", code=2)
+    assert "did you mean `heun`" in err
+    assert not folder.exists()

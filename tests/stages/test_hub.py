@@ -268,8 +268,11 @@ def test_a_hub_that_fails_costs_a_warning_and_no_file(hub, train):
     code, err, folder = train("--huggingface_repo_id", REPO)
     assert code == 0, err
     path = folder / "lora.safetensors"
-    assert f"warning: `{path}` was not uploaded, and stays on disk: the hub answers 500" in err
-    assert f"`hf upload {REPO} {path}` does it later" in err
+    comfy = folder / "comfy" / "lora.safetensors"
+    assert f"warning: not uploaded, and still on disk: `{path}` and `{comfy}`: the hub answers 500" in err
+    assert (
+        f"`hf upload {REPO} {path} lora.safetensors; hf upload {REPO} {comfy} comfy/lora.safetensors`" in err
+    )
     assert load_file(path)
     assert hub.files == {}
 
