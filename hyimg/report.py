@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress
 
 
 class Task(Protocol):
@@ -88,6 +89,7 @@ class ConsoleReporter:
 
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.interval = interval
+        self._progress: Progress | None = None
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -109,55 +111,111 @@ class ConsoleReporter:
 
     @contextmanager
     def _bar(self, title: str, total: int, unit: str, done: int) -> Iterator[Task]:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        """A bar; one that begins while another is shown (samples in training) stands below it for its time."""
+        if self._progress is not None:
+            task = _BarTask(self._progress, title, total, unit, done)
+            try:
+                yield task
+            finally:
+                task.remove()
+            return
+        self._progress = _display(self.console)
+        try:
+            with self._progress:
+                yield _BarTask(self._progress, title, total, unit, done)
+        finally:
+            self._progress = None
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
-        )
-        with Progress(*columns, console=self.console) as progress:
-            number = progress.add_task(title, total=total, completed=done, rate="", detail="")
-            yield _BarTask(progress, number, unit)
+
+def _display(console: Console) -> Progress:
+    """A line of progress a task, and below them what each has to tell, so that both fit a narrow terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.text import Text
+
+    class Display(Progress):
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            for task in self.tasks:
+                if detail := task.fields["detail"]:
+                    yield Text(f"  {detail}", no_wrap=True, overflow="ellipsis")
+
+    return Display(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[left]}"),
+        console=console,
+    )
+
+
+class Pace:
+    """How fast a piece of work goes that has `num_left` units left.
+
+    What comes before the end of its first unit (compiling, filling buffers) counts only until there is a second.
+    """
+
+    def __init__(self, num_left: int) -> None:
+        self._left = num_left
+        self._since, self._count = time.monotonic(), 0
+        self._is_under_way = False
+        self.seconds_each = 0.0
+        """Seconds a unit; 0 before the first."""
+
+    def advance(self, count: int = 1) -> None:
+        """Says that `count` more units are done."""
+        now = time.monotonic()
+        self._left -= count
+        self._count += count
+        self.seconds_each = (now - self._since) / max(self._count, 1)
+        if not self._is_under_way:
+            self._is_under_way, self._since, self._count = True, now, 0
+
+    @property
+    def seconds_left(self) -> float:
+        """How long the rest takes at this pace; 0 before the first unit."""
+        return max(self._left, 0) * self.seconds_each
 
 
 class _BarTask:
-    def __init__(self, progress: object, number: object, unit: str) -> None:
-        from rich.progress import Progress, TaskID
+    """A line of a display: taken off with `remove`, where others stand on it too."""
 
-        assert isinstance(progress, Progress)
-        assert isinstance(number, int)
-        self._progress, self._number, self._unit = progress, TaskID(number), unit
-        self._started, self._count = time.monotonic(), 0
+    def __init__(self, progress: Progress, title: str, total: int, unit: str, done: int) -> None:
+        self._progress, self._unit = progress, unit
+        self._number = progress.add_task(title, total=total, completed=done, rate="", left="", detail="")
+        self._pace = Pace(total - done)
+
+    def remove(self) -> None:
+        self._progress.remove_task(self._number)
 
     def advance(self, count: int = 1, *, detail: str | None = None) -> None:
-        self._count += count
-        rate = rate_text(self._count, time.monotonic() - self._started, self._unit)
-        if detail is None:
-            self._progress.update(self._number, advance=count, rate=rate)
-        else:
-            self._progress.update(self._number, advance=count, rate=rate, detail=detail)
+        self._pace.advance(count)
+        # rich's own estimate looks back half a minute, in which there may be no step
+        fields: dict[str, Any] = {
+            "rate": rate_text(1, self._pace.seconds_each, self._unit),
+            "left": f"{duration_text(self._pace.seconds_left)} left",
+        }
+        fields |= {"detail": detail} if detail is not None else {}
+        self._progress.update(self._number, advance=count, **fields)
 
 
 class _PlainTask:
     def __init__(self, reporter: ConsoleReporter, title: str, total: int, unit: str, done: int) -> None:
         self._reporter, self._title, self._total, self._unit = reporter, title, total, unit
         self._done, self._count, self._detail = done, 0, ""
+        self._pace = Pace(total - done)
         self._started = self._printed = time.monotonic()
 
     def advance(self, count: int = 1, *, detail: str | None = None) -> None:
         self._done += count
         self._count += count
+        self._pace.advance(count)
         self._detail = detail if detail is not None else self._detail
         now = time.monotonic()
         if now - self._printed >= self._reporter.interval and self._done < self._total:
             self._printed = now
-            elapsed = now - self._started
-            left = (self._total - self._done) * elapsed / max(self._count, 1)
-            self._say(f"{rate_text(self._count, elapsed, self._unit)}, {duration_text(left)} left")
+            rate = rate_text(1, self._pace.seconds_each, self._unit)
+            self._say(f"{rate}, {duration_text(self._pace.seconds_left)} left")
 
     def finish(self) -> None:
         elapsed = time.monotonic() - self._started

@@ -19,6 +19,8 @@ os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 os.environ["HYIMG_LOAD_PLUGINS"] = ""
 # a machine with a hub and one without must act alike
 os.environ["HF_HUB_OFFLINE"] = "1"
+# nobody here has an account
+os.environ["WANDB_MODE"] = "offline"
 
 
 @pytest.fixture(scope="session")

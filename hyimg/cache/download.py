@@ -76,7 +76,7 @@ def fetch(
     then holds what has come, as it does after Ctrl-C.
     """
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    from huggingface_hub.utils import (
         build_hf_headers,
         disable_progress_bars,
     )

@@ -21,7 +21,7 @@ Answer = Literal["accepted", "translated", "refused"]
 class LegacyFlag:
     """`takes_value` says whether a value follows the flag; `becomes` are the option and value that replace
     it (value None: the flag's own); `adds` names an option of several values that all those of the flag are
-    added to, each rewritten by `rewrite`; `text` is the note or the reason."""
+    added to; values of the flag are rewritten by `rewrite`; `text` is the note or the reason."""
 
     answer: Answer
     text: str
@@ -39,6 +39,27 @@ def _wrapper_argument(pair: str) -> str:
     if name.strip() == "weight_decay_at_y":
         return f"weight_decay={value}"
     return f"{name}{equals}{value}"
+
+
+# the reference tool's names of samplers that there are here (its own default is another, of noise prediction)
+_SAMPLERS = {
+    "k_euler": "euler",
+    "dpmsolver": "dpm++2m",
+    "dpmsolver++": "dpm++2m",
+    "dpm++_2m": "dpm++2m",
+    **dict.fromkeys(
+        (
+            *("ddim", "pndm", "lms", "k_lms", "euler_a", "k_euler_a"),
+            *("dpm_2", "k_dpm_2", "dpm_2_a", "k_dpm_2_a", "dpmsingle"),
+        ),
+        "euler",
+    ),
+}
+
+
+def _sampler(name: str) -> str:
+    """The sampler that a name of the reference tool means here; Euler's for those of noise prediction alone."""
+    return _SAMPLERS.get(name.lower(), name)
 
 
 def _accepted(text: str, *, takes_value: bool = False) -> LegacyFlag:
@@ -59,7 +80,9 @@ _NOISE = "it belongs to noise-prediction models; HunyuanImage learns a flow"
 _DATASET_FILE = "the dataset is described in a file: write one and give it with `--dataset_config`"
 _FIXED_VIEW = "it cannot be used with cached latents; leave it out"
 _FIXED_TEXT = "it cannot be used with cached text; leave it out"
-_RESUMED = "a run that goes on from a saved state knows its epoch and step; leave it out"
+_ACCELERATE = "give accelerate a DeepSpeed config instead (`accelerate config`)"
+_PREDICTS_NOISE = "it weights losses of noise-prediction models; use `--weighting_scheme`"
+_CONSOLE = "messages go to stderr: redirect it"
 
 LEGACY: Mapping[str, LegacyFlag] = {
     "lowram": _accepted(_STREAMED),
@@ -68,11 +91,21 @@ LEGACY: Mapping[str, LegacyFlag] = {
         "latents that overflow are an error that says so; `--mixed_precision no` makes the VAE float32"
     ),
     "mem_eff_attn": _accepted("torch's attention is memory efficient by itself"),
-    "skip_until_initial_step": _accepted("a resumed run goes on at its step by itself"),
+    "skip_until_initial_step": _accepted(
+        "`--initial_step` and `--resume` go on at their step, whose data is the same, without reading what came before"
+    ),
     "use_safetensors": _accepted("files are always safetensors"),
-    "sample_sampler": _accepted("samples are rendered with the Euler sampler", takes_value=True),
+    "sample_sampler": LegacyFlag(
+        "translated",
+        "is `--sampler` here; samplers of noise prediction become `euler`, `dpmsolver++` is `dpm++2m`",
+        takes_value=True,
+        becomes=("sampler", None),
+        rewrite=_sampler,
+    ),
     "cache_info": _accepted("image sizes are always remembered"),
-    "dynamo_backend": _accepted("it has no effect without `--torch_compile`", takes_value=True),
+    "dynamo_backend": _accepted(
+        "`--torch_compile` uses inductor; without, nothing is compiled", takes_value=True
+    ),
     "use_8bit_adam": _becomes("optimizer_type", "AdamW8bit"),
     "use_lion_optimizer": _becomes("optimizer_type", "Lion"),
     "sdpa": _becomes("attn_mode", "torch"),
@@ -100,11 +133,6 @@ LEGACY: Mapping[str, LegacyFlag] = {
         adds="optimizer_args",
         rewrite=_wrapper_argument,
     ),
-    "save_n_epoch_ratio": _refused(
-        "use `--save_every_n_epochs`, with the number of epochs divided by this one", takes_value=True
-    ),
-    "initial_epoch": _refused(_RESUMED, takes_value=True),
-    "initial_step": _refused(_RESUMED, takes_value=True),
     **{
         name: _refused(_DATASET_FILE, takes_value=flag.kind != "switch")
         for name, flag in DATASET_FLAGS.items()
@@ -118,7 +146,33 @@ LEGACY: Mapping[str, LegacyFlag] = {
         "datasets are image folders described in a file; leave it out", takes_value=True
     ),
     "debug_dataset": _refused("the caching commands say what they find; leave it out"),
-    "deepspeed": _refused("give accelerate a DeepSpeed config instead (`accelerate config`)"),
+    "deepspeed": _refused(_ACCELERATE),
+    "zero_stage": _refused(_ACCELERATE, takes_value=True),
+    "offload_optimizer_device": _refused(_ACCELERATE, takes_value=True),
+    "offload_optimizer_nvme_path": _refused(_ACCELERATE, takes_value=True),
+    "offload_param_device": _refused(_ACCELERATE, takes_value=True),
+    "offload_param_nvme_path": _refused(_ACCELERATE, takes_value=True),
+    "zero3_init_flag": _refused(_ACCELERATE),
+    "zero3_save_16bit_model": _refused(_ACCELERATE),
+    "fp16_master_weights_and_gradients": _refused(_ACCELERATE),
+    "scale_v_pred_loss_like_noise_pred": _refused("it belongs to Stable Diffusion 2; leave it out"),
+    "v_pred_like_loss": _refused(_PREDICTS_NOISE, takes_value=True),
+    "debiased_estimation_loss": _refused(_PREDICTS_NOISE),
+    "weighted_captions": _refused(
+        "its text encoder reads sentences, in which brackets are text; leave it out"
+    ),
+    "console_log_level": _accepted(_CONSOLE, takes_value=True),
+    "console_log_file": _refused(_CONSOLE, takes_value=True),
+    "console_log_simple": _accepted("messages are plain where stderr is no terminal"),
+    "log_tracker_config": _refused(
+        "W&B reads its settings from its own variables (`WANDB_ENTITY`, `WANDB_TAGS`, `WANDB_NOTES`): set those",
+        takes_value=True,
+    ),
+    "metadata_thumbnail": _refused(
+        "put a picture of the LoRA's name beside it, which is what tools show", takes_value=True
+    ),
+    "metadata_preprocessor": _refused("it belongs to ControlNets; leave it out", takes_value=True),
+    "metadata_is_negative_embedding": _refused("it belongs to embeddings; leave it out", takes_value=True),
 }
 
 
@@ -168,7 +222,7 @@ def translate_arguments(arguments: Sequence[str], known: frozenset[str], notes: 
         if flag.becomes is not None:
             option, fixed = flag.becomes
             # behind what was typed, so that it wins: the note says that this is what counts
-            added += [f"--{option}", fixed if fixed is not None else (value or "")]
+            added += [f"--{option}", fixed if fixed is not None else flag.rewrite(value or "")]
     if dataset:
         lines = [f"`--{name}`: {text}" for name, text in refused]
         raise HyimgError(
@@ -215,7 +269,7 @@ def translate_mapping(
             notes.append(f"`{key}` {'has no effect here: ' if flag.answer == 'accepted' else ''}{flag.text}")
             if flag.becomes is not None:
                 option, fixed = flag.becomes
-                result[option] = fixed if fixed is not None else value
+                result[option] = fixed if fixed is not None else flag.rewrite(value)
             if flag.adds is not None:
                 more[flag.adds] = [flag.rewrite(str(item)) for item in _listed(value)]
     return result | {option: [*_listed(result.get(option, [])), *values] for option, values in more.items()}

@@ -7,7 +7,6 @@ once.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import stat
 from collections.abc import Mapping
@@ -109,17 +108,25 @@ def make(
 
 def replace(config: C, **changes: Any) -> C:
     """A copy of a config with some options changed, checked like typed ones."""
-    values = {**flatten(config), **changes}
+    values = {**flatten(config, secrets=True), **changes}
     return make(type(config), {k: v for k, v in values.items() if v is not None})
 
 
-def flatten(config: Any) -> dict[str, Any]:
-    """All options of a config by name, in order of declaration."""
+def flatten(config: Any, *, secrets: bool = False) -> dict[str, Any]:
+    """All options of a config by name, in order of declaration; those that are secret only with `secrets`."""
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        group = getattr(config, field.name)
-        values.update({f.name: getattr(group, f.name) for f in dataclasses.fields(group)})
+    for name, group in groups_of(type(config)).items():
+        options = (opt for opt in options_of(group) if secrets or not opt.traits.is_secret)
+        values.update({opt.name: getattr(getattr(config, name), opt.name) for opt in options})
     return values
+
+
+def secrets_of(config: Any) -> list[str]:
+    """The values of a config that must be neither written nor shown."""
+    values = flatten(config, secrets=True)
+    return [
+        values[opt.name] for opt in all_options(type(config)) if opt.traits.is_secret and values[opt.name]
+    ]
 
 
 def check_inputs(config: Any) -> None:

@@ -50,6 +50,7 @@ class Traits:
     pipeline_part: str | None = None
     bound_reason: str | None = None
     note: str | None = None
+    is_secret: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,7 @@ def option(
     pipeline_part: str | None = None,
     bound_reason: str | None = None,
     note: str | None = None,
+    is_secret: bool = False,
 ) -> Any:
     """Declares an option inside a group.
 
@@ -114,7 +116,8 @@ def option(
     values that never will be to the reason. `is_input` says that the path must be there to be read, `is_name`
     that the text becomes part of a file's name (`hyimg.config.names`). `pipeline_part` is the folder of a diffusers
     pipeline that is taken where its root is given. `bound_reason` says why there is a
-    maximum, and `note` is told to whoever types the flag.
+    maximum, and `note` is told to whoever types the flag. `is_secret` keeps the value out of everything that a
+    command writes or says (`hyimg.config.load.flatten`).
     """
     traits = Traits(
         help=help,
@@ -136,6 +139,7 @@ def option(
         pipeline_part=pipeline_part,
         bound_reason=bound_reason,
         note=note,
+        is_secret=is_secret,
     )
     return dataclasses.field(default=default, metadata={_METADATA_KEY: traits})
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from hyimg.config.option import MAX_SEED, option
 
 _TRAINING = "leave it out for now"
+_FRESH = "the learning rate goes on from there too; weights and optimiser start anew"
 _NO_DDP = "changes nothing: the adapter's gradients are summed in one piece, without torch's DDP"
 
 
@@ -27,6 +28,18 @@ class Duration:
     )
     num_processes: int = option(
         1, minimum=1, help="processes that train together, one a device; under a launcher, leave it out"
+    )
+    initial_step: int | None = option(
+        None,
+        minimum=0,
+        help="begin as if so many steps had been done: data order, learning rate and file names go on from there",
+        note=_FRESH,
+    )
+    initial_epoch: int | None = option(
+        None,
+        minimum=1,
+        help="the same by epoch: the one to begin with (1: the first); a step given wins",
+        note=_FRESH,
     )
 
 
@@ -67,6 +80,12 @@ class Saving:
     )
     save_every_n_epochs: int | None = option(None, minimum=1, help="save after every so many epochs")
     save_every_n_steps: int | None = option(None, minimum=1, help="save after every so many steps")
+    save_n_epoch_ratio: int | None = option(
+        None,
+        minimum=1,
+        help="how many saves by epoch there are to be, at least: sets `--save_every_n_epochs` to epochs divided by it",
+        note="it sets `--save_every_n_epochs`",
+    )
     save_last_n_epochs: int | None = option(
         None, minimum=1, help="keep only the last so many of the files saved by epoch (states too)"
     )
@@ -112,13 +131,14 @@ class Logging:
     log_with: str | None = option(
         None,
         choices=("tensorboard", "wandb", "all"),
-        help="tracker, beside `NAME.metrics.jsonl`, which is always written",
-        later="use tensorboard",
-        available=("tensorboard",),
+        help="tracker, beside `NAME.metrics.jsonl`, which is always written; `all` is both",
     )
     log_prefix: str = option("", is_name=True, help="prefix of the tracker's run folder")
     log_tracker_name: str = option("hyimg", is_name=True, help="name of the tracker's project")
-    wandb_run_name: str | None = option(None, help="name of the W&B run", later=_TRAINING)
+    wandb_run_name: str | None = option(None, help="name of the W&B run (not given: that of its folder)")
+    wandb_api_key: str | None = option(
+        None, is_secret=True, help="W&B's key, for this run; better `wandb login` or `WANDB_API_KEY`"
+    )
     log_config: bool = option(False, help="give the tracker the resolved options")
     output_config: bool = option(
         False, help="write the resolved options to the run folder, and train nothing"
@@ -136,6 +156,9 @@ class Metadata:
     metadata_description: str | None = option(None, help="description")
     metadata_license: str | None = option(None, help="licence")
     metadata_tags: str | None = option(None, help="tags, separated by commas")
+    metadata_usage_hint: str | None = option(None, help="a very short word on how to use it")
+    metadata_trigger_phrase: str | None = option(None, help="what to write in a prompt")
+    metadata_merged_from: str | None = option(None, help="what it was merged from")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,20 +189,36 @@ class Validation:
         None, minimum=1, help="samples after every so many epochs (nothing given: each epoch)"
     )
     sample_at_first: bool = option(False, help="samples before the first step")
+    sampler: str = option("euler", help="sampler of the samples: euler, heun, dpm++2m, or a plugin's name")
+    sampler_args: tuple[str, ...] = option((), help='arguments of a plugin\'s sampler: `"name=value"`')
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
     """Hub and several processes."""
 
-    huggingface_repo_id: str | None = option(None, help="repository to upload to", later=_TRAINING)
-    huggingface_repo_type: str | None = option(None, help="its type", later=_TRAINING)
-    huggingface_path_in_repo: str | None = option(None, help="folder in it", later=_TRAINING)
-    huggingface_token: str | None = option(None, help="access token", later=_TRAINING)
-    huggingface_repo_visibility: str | None = option(None, help="public or private", later=_TRAINING)
-    save_state_to_huggingface: bool = option(False, help="upload states", later=_TRAINING)
-    resume_from_huggingface: bool = option(False, help="resume from there", later=_TRAINING)
-    async_upload: bool = option(False, help="upload in the background", later=_TRAINING)
+    huggingface_repo_id: str | None = option(
+        None, help="repository to which every saved LoRA is uploaded, `OWNER/NAME`; made where there is none"
+    )
+    huggingface_repo_type: str = option(
+        "model", choices=("model", "dataset", "space"), help="what kind of repository it is"
+    )
+    huggingface_path_in_repo: str | None = option(None, help="folder in it (not given: its top)")
+    huggingface_token: str | None = option(
+        None, is_secret=True, help="access token; better `hf auth login` or `HF_TOKEN`"
+    )
+    huggingface_repo_visibility: str | None = option(
+        None,
+        choices=("public", "private"),
+        help="who may see it (not given: a new one is private)",
+    )
+    save_state_to_huggingface: bool = option(False, help="upload the states that are saved, too")
+    resume_from_huggingface: bool = option(
+        False, help="`--resume` names a state on the hub: `OWNER/NAME/PATH[:REVISION[:TYPE]]`"
+    )
+    async_upload: bool = option(
+        False, help="upload while training goes on; the run's end waits for what is under way"
+    )
     ddp_timeout: int | None = option(
         None, minimum=1, help="minutes that a process waits for the others before it fails (not given: 30)"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from accelerate.utils import set_seed
 from hyimg.cache.identity import file_identity
 from hyimg.cache.text import TextStore
 from hyimg.config.commands import TrainConfig
-from hyimg.config.load import flatten
 from hyimg.data.batches import epoch_batches
 from hyimg.data.caption_transforms import caption_transform_flags
 from hyimg.data.describe import describe_datasets
@@ -43,8 +42,9 @@ from hyimg.training.evaluation_setup import make_evaluation
 from hyimg.training.evaluation_weights import averaged_weights
 from hyimg.training.exchange import Exchange
 from hyimg.training.identity import run_identity
+from hyimg.training.length_options import begin_at, initial_step, with_epochs_between_saves
 from hyimg.training.loop import train_loop
-from hyimg.training.metadata import training_metadata
+from hyimg.training.metadata import hash_metadata, training_metadata
 from hyimg.training.metrics import MetricsLog
 from hyimg.training.network_setup import describe_rates, merging_placement
 from hyimg.training.nonfinite import NonFiniteGuard
@@ -63,6 +63,7 @@ from hyimg.training.samples import prompts_of_samples, sample_prompt_flags
 from hyimg.training.state_parts import OptimizerPart, generators_part, network_part
 from hyimg.training.steps import Schedule
 from hyimg.training.timestep_plot import show_timesteps
+from hyimg.training.trackers import TrackedRun, start_trackers, tracker_names
 
 # What torch gives gloo; its 10 for NCCL are little where one process saves to a slow disk
 _MINUTES_TO_WAIT = 30
@@ -102,6 +103,8 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
         workspace = open_training_workspace(config, report, prepared.caption_transforms)
         loader, texts = _open_data(prepared, workspace, report)
     schedule = _schedule(prepared, workspace)
+    config = with_epochs_between_saves(config, schedule)
+    prepared, first_step = replace(prepared, config=config), initial_step(config, schedule)
     identity = run_identity(config, loader.data, schedule)
     resumed = prepared.resumed
     if resumed is not None:
@@ -118,9 +121,11 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
     group = process_group(processes, prepared.device, timeout)
     with claimed, group, explained(partial(_changes_for_memory, prepared)):
         run = _make_run(prepared, workspace, loader, texts, schedule, identity, report)
+        if resumed is None:
+            begin_at(run, first_step)
         processes.wait()  # one may have read the model much faster than another
         try:
-            with run.metrics:
+            with run.metrics, run.uploads or nullcontext():
                 train_loop(run)
         except (KeyboardInterrupt, Terminated):
             last = f"the last saved file is {run.saved[-1]}" if run.saved else "nothing was saved yet"
@@ -174,7 +179,7 @@ def _make_run(
         objective=objective,
         network=network,
         stepper=stepper,
-        accelerator=_accelerator(prepared, log_name),
+        accelerator=_accelerator(prepared, log_name, started, report),
         plugins=prepared.plugins,
         metrics=MetricsLog(
             prepared.folder.metrics_path,
@@ -182,7 +187,7 @@ def _make_run(
             writes=prepared.processes.is_main,
         ),
         report=report,
-        describe=_describer(workspace, started),
+        describe=_describer(config, workspace, started),
         save_dtype=_SAVE_DTYPES[config.saving.save_precision],
         preservation=Preservation(objective, network, terms_of(config), reader(texts)),
         ema=ema,
@@ -196,6 +201,7 @@ def _make_run(
         started=started,
         exchange=Exchange(prepared.processes, prepared.device),
         resumed=resumed,
+        uploads=prepared.uploads,
     )
     if resumed is not None:
         run.step = resumed.step
@@ -209,7 +215,7 @@ def _make_run(
         run.remember(Stateful("ema", ema.state_dict, ema.load_state_dict))
         run.evaluation_modes.append(ema.swapped_in)
     run.evaluation_modes.append(partial(averaged_weights, stepper.optimizer))
-    run.remember(Stateful("average", run.average.state_dict, run.average.load_state_dict))
+    run.remember(Stateful("losses", run.losses.state_dict, run.losses.load_state_dict))
     run.remember(Stateful("guard", run.guard.state_dict, run.guard.load_state_dict))
     run.remember(generators_part(prepared.device))
     return run
@@ -319,30 +325,35 @@ def _log_name(prepared: Preparation) -> str:
     return f"{config.logging.log_prefix}{config.saving.output_name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _accelerator(prepared: Preparation, log_name: str) -> Accelerator:
+def _accelerator(prepared: Preparation, log_name: str, started: float, report: Reporter) -> Accelerator:
     """Accelerate carries the device and the trackers.
 
     The loop calls backward itself and the precision is ours, so that nothing in a launcher's environment (its
     accumulation or mixed precision) changes a gradient.
     """
     set_seed(prepared.seed % 2**32)  # for what a plugin may draw from the global generators
-    config = prepared.config
-    logging = config.logging
+    directory = prepared.logging_dir / log_name
     accelerator = Accelerator(
         cpu=prepared.device.type == "cpu",
         mixed_precision="no",
-        log_with=logging.log_with,
-        project_dir=str(prepared.logging_dir / log_name),
+        log_with=tracker_names(prepared.config.logging) or None,
+        project_dir=str(directory),
     )
-    if logging.log_with is not None:
-        logged = {k: str(v) for k, v in flatten(config).items()} if logging.log_config else None
-        # what was logged after the state that the run goes on from is hidden
-        purge = {} if prepared.resumed is None else {"purge_step": prepared.resumed.step + 1}
-        accelerator.init_trackers(logging.log_tracker_name, config=logged, init_kwargs={"tensorboard": purge})
+    tracked = TrackedRun(prepared.config, log_name, directory, started, prepared.resumed)
+    start_trackers(accelerator, tracked, report)
     return accelerator
 
 
-def _describer(workspace: Workspace, started: float) -> Callable[[Run], Mapping[str, str]]:
+def _describer(
+    config: TrainConfig, workspace: Workspace, started: float
+) -> Callable[[Run], Mapping[str, str]]:
     samples = workspace.found.samples
     datasets: list[dict[str, Any]] = describe_datasets(workspace.dataset_file, samples)
-    return lambda run: training_metadata(run, samples, datasets, started)
+    return partial(
+        training_metadata,
+        samples=samples,
+        dataset=datasets,
+        started=started,
+        num_validation_images=len(workspace.found.validation),
+        hashes=hash_metadata(config.dit.dit, config.vae.vae, workspace.index),
+    )

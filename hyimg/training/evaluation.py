@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image
-
 from hyimg.memory.out_of_memory import out_of_memory_place
 from hyimg.training.samples import SampleCadence, SampleRenderer
+from hyimg.training.trackers import show_images
 from hyimg.training.validation import Cadence, Validator
 
 if TYPE_CHECKING:
@@ -86,19 +84,8 @@ def _render_samples(
     shares = run.processes.gather([(number, str(path)) for number, path in own.items()])
     rendered = sorted((number, Path(path)) for share in shares for number, path in share)
     if rendered and run.processes.is_main:
-        _show(run, rendered)
+        show_images(run.accelerator, rendered, run.step)
         run.report.note(f"samples: {len(rendered)} in {run.folder.sample_dir}")
-
-
-def _show(run: Run, rendered: list[tuple[int, Path]]) -> None:
-    """Gives the pictures, by the number of their prompt, to the trackers that take some."""
-    for tracker in run.accelerator.trackers:
-        for number, path in rendered:
-            pixels_1HWC = np.asarray(Image.open(path))[None]
-            if tracker.name == "tensorboard":
-                tracker.log_images({f"sample/{number}": pixels_1HWC}, step=run.step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({f"sample/{number}": pixels_1HWC}, step=run.step)
 
 
 @contextmanager

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hyimg.config.rendering import Sampling
 from hyimg.data.training_data import TrainingData
 from hyimg.data.workspace import Workspace
 from hyimg.model.architecture import SPATIAL_FACTOR
 from hyimg.training.evaluation import Evaluation
 from hyimg.training.objective import Objective
 from hyimg.training.preparation import Preparation
-from hyimg.training.samples import SampleCadence, SampleRenderer
+from hyimg.training.samples import SampleCadence, SampleRenderer, sampling_of
 from hyimg.training.validation import Cadence, Validator, familiar_samples
 
 
@@ -60,7 +59,7 @@ def _samples(
         for side in workspace.dataset_file.datasets[0].resolution
     )
     # prompts that do not say a size are rendered at that of the training
-    plan = replace(prepared.sample_plan, options=Sampling(image_size=(height, width)))
+    plan = replace(prepared.sample_plan, options=sampling_of(config.validation, (height, width)))
     return SampleRenderer(
         plan,
         objective.dit,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import NamedTuple
 
@@ -19,16 +19,19 @@ from hyimg.training.nonfinite import StepImages
 from hyimg.training.run import Run
 from hyimg.training.saving import save_after_epoch, save_after_step, save_at_end, stop_if_asked
 from hyimg.training.signals import StopRequest
+from hyimg.training.step_metrics import StepCost, live_text
 from hyimg.training.steps import Epoch, Step
 
 
 class StepResult(NamedTuple):
-    """The loss of each of a step's images (float32, on the CPU) and the norm of its gradient before clipping.
+    """The loss of each of a step's images (float32, on the CPU), their timesteps (0..1000), and the norm of its
+    gradient before clipping.
 
     A step that was not `taken` has left the weights as they were: its loss or gradient was not finite.
     """
 
     loss_B: Tensor
+    timesteps: list[float]
     gradient_norm: float
     taken: bool
 
@@ -43,6 +46,7 @@ def train_loop(run: Run) -> None:
     notify, schedule = run.plugins.notify, run.schedule
     notify("hyimg_run_start", run=run)
     progress = run.report.task("train", schedule.max_steps, unit="step", done=run.step)
+    cost = StepCost(run.accelerator.device, schedule.max_steps - run.step)
     with progress as task, StopRequest(run.report) as stop:
         if run.step == 0:
             run.evaluation.at_start(run)
@@ -54,7 +58,8 @@ def train_loop(run: Run) -> None:
                 result = train_step(run, step, epoch, islice(batches, len(step.share(rank, world))))
                 run.step = step.number
                 notify("hyimg_step_end", run=run, step=step.number, loss_B=result.loss_B)
-                _log(run, task, epoch, result, time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                _log(run, task, epoch, result, cost.of_step(len(result.loss_B), seconds))
                 run.evaluation.after_step(run)
                 save_after_step(run)
                 stop_if_asked(run, stop)
@@ -87,16 +92,16 @@ def train_step(run: Run, step: Step, epoch: Epoch, batches: Iterable[LoadedBatch
             shown.add_preservation(preservation_B.detach())
     run.network.set_dropout_key(None)
     totals = run.exchange.totals(shown, run.stepper.parameters)
-    loss_B = totals.loss_B
+    loss_B, timesteps = totals.loss_B, (totals.sigma_B * 1000).tolist()
     kept = bool(run.preservation.terms)
     run.measured = {"loss_preservation": totals.preservation / step.num_samples} if kept else {}
     norm = run.stepper.gradient_norm()
     if bool(torch.isfinite(loss_B).all()) and run.stepper.overflowed(norm):
         # the loss was scaled too high for the precision, which the scaler mends: no failure
         run.stepper.skip()
-        return StepResult(loss_B, norm, taken=False)
+        return StepResult(loss_B, timesteps, norm, taken=False)
     keys = [key for batch in step.batches for key in run.loader.keys(batch)]
-    images = StepImages(keys, (totals.sigma_B * 1000).tolist(), loss_B)
+    images = StepImages(keys, timesteps, loss_B)
     taken = run.guard.admits(
         step.number, images, norm, run.network, last_good=run.last_good, report=run.report
     )
@@ -105,7 +110,7 @@ def train_step(run: Run, step: Step, epoch: Epoch, batches: Iterable[LoadedBatch
         _follow_up(run)
     else:
         run.stepper.skip()
-    return StepResult(loss_B, norm, taken)
+    return StepResult(loss_B, timesteps, norm, taken)
 
 
 def _backward(run: Run, loss_B: Tensor, step: Step) -> None:
@@ -121,15 +126,12 @@ def _follow_up(run: Run) -> None:
         run.ema.update()
 
 
-def _log(run: Run, task: Task, epoch: Epoch, result: StepResult, seconds: float) -> None:
-    loss, norm = float(result.loss_B.mean()), result.gradient_norm
-    if result.taken:
-        run.average.add(loss)
-    values = {"loss": loss, "loss_smoothed": run.average.value, "gradient_norm": norm}
-    if not result.taken:
-        values |= {"gradient_norm": math.nan}
+def _log(run: Run, task: Task, epoch: Epoch, result: StepResult, cost: Mapping[str, float]) -> None:
+    values = run.losses.add(result.loss_B, result.timesteps, taken=result.taken)
+    values |= {"gradient_norm": result.gradient_norm if result.taken else math.nan}
     values |= run.measured | run.stepper.told
-    counts = {"samples": len(result.loss_B), "seconds": round(seconds, 6)}
-    run.metrics.write({"step": run.step, "epoch": epoch.number, **values, **counts})
+    counts = {"samples": len(result.loss_B)}
+    run.metrics.write({"step": run.step, "epoch": epoch.number, **values, **counts, **cost})
+    values |= cost
     run.accelerator.log({k: v for k, v in values.items() if math.isfinite(v)}, step=run.step)
-    task.advance(detail=f"epoch {epoch.number}/{run.schedule.num_epochs}, loss {run.average.value:.4f}")
+    task.advance(detail=live_text(values, epoch.number, run.schedule.num_epochs))

@@ -13,7 +13,6 @@ import torch
 from hyimg.cache.atomic import require_writable_folder
 from hyimg.config.commands import TrainConfig
 from hyimg.config.load import replace
-from hyimg.config.rendering import Sampling
 from hyimg.data.caption_transforms import CaptionTransforms
 from hyimg.data.workspace import Workspace, open_workspace
 from hyimg.encoders.text import TextEncoders
@@ -29,6 +28,7 @@ from hyimg.model.loading import check_dit, check_vae
 from hyimg.plugins import Plugins, bind_arguments, load_plugins, parse_arguments
 from hyimg.randomness import keyed_seed
 from hyimg.report import Reporter
+from hyimg.training.hub import download_state
 from hyimg.training.identity import options_identity
 from hyimg.training.network_setup import NetworkSetup, prepare_network
 from hyimg.training.objective import Loss
@@ -36,9 +36,11 @@ from hyimg.training.optimization import Optimization, prepare_optimization
 from hyimg.training.preservation import check_preservation, terms_of
 from hyimg.training.resume import Resumed, find_state
 from hyimg.training.run_folder import RunFolder
-from hyimg.training.samples import SamplePlan, require_prompts
+from hyimg.training.samples import SamplePlan, require_prompts, sampling_of
 from hyimg.training.saving import warn_of_idle_saving
 from hyimg.training.state_folder import read_state
+from hyimg.training.trackers import check_trackers
+from hyimg.training.uploads import Uploads, prepare_uploads
 from hyimg.training.validation import require_held_back
 
 _HUBER_OPTIONS = ("huber_c", "huber_scale", "huber_schedule")
@@ -64,6 +66,7 @@ class Preparation:
     folder: RunFolder
     processes: Processes
     resumed: Resumed | None = None
+    uploads: Uploads | None = None
 
     @property
     def plan(self) -> tuple[ModulePlan, ...]:
@@ -119,6 +122,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     folder.check(overwrite=config.saving.overwrite, resumed=resumed.saved.path if resumed else None)
     if config.logging.logging_dir is not None:
         require_writable_folder(config.logging.logging_dir)
+    check_trackers(config.logging, report)
     seed = config.duration.seed
     if seed is None:
         drawn = resumed.seed if resumed is not None else keyed_seed(time.time_ns()) % 2**32
@@ -127,6 +131,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     if resumed is not None:
         resumed.check_options(options_identity(config))
     warn_of_idle_saving(config, report)
+    trains = not config.logging.output_config and config.flow.show_timesteps is None
     return Preparation(
         config=config,
         seed=seed,
@@ -143,6 +148,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
         folder=folder,
         processes=processes,
         resumed=resumed,
+        uploads=prepare_uploads(config, report) if trains else None,  # last: it may make a repository
     )
 
 
@@ -222,7 +228,7 @@ def _sample_plan(config: TrainConfig, arch: DiTArch, plugins: Plugins) -> Sample
     if path is None:
         return None
     assert config.duration.seed is not None
-    plan = SamplePlan(path, arch, Sampling(), config.duration.seed, plugins)
+    plan = SamplePlan(path, arch, sampling_of(config.validation), config.duration.seed, plugins)
     plan.read()
     return plan
 
@@ -235,10 +241,18 @@ def _resumed(
     if saving.resume is None:
         if saving.resume_force:
             report.warning("`--resume_force` has no effect without `--resume`")
+        if config.hub.resume_from_huggingface:
+            raise HyimgError(
+                "`--resume_from_huggingface` without `--resume`",
+                hint="name the state: `--resume OWNER/NAME/PATH`",
+            )
         return None
     saved = None
     if processes.is_main:
-        saved = find_state(saving.resume, folder, report, overwrite=saving.overwrite)
+        given = saving.resume
+        if config.hub.resume_from_huggingface:
+            given = str(download_state(given, config.hub.huggingface_token))
+        saved = find_state(given, folder, report, overwrite=saving.overwrite)
     path = processes.broadcast(str(saved.path) if saved is not None else None)
     if path is not None and saved is None:
         saved = read_state(Path(path))

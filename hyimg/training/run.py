@@ -21,14 +21,16 @@ from hyimg.report import Reporter
 from hyimg.training.ema import AdapterEMA
 from hyimg.training.evaluation import Evaluation
 from hyimg.training.exchange import Exchange
-from hyimg.training.metrics import MetricsLog, MovingAverage
+from hyimg.training.metrics import MetricsLog
 from hyimg.training.nonfinite import NonFiniteGuard
 from hyimg.training.objective import Objective
 from hyimg.training.preservation import Preservation
 from hyimg.training.resume import Resumed, Stateful
 from hyimg.training.run_folder import RunFolder
+from hyimg.training.step_metrics import SmoothedLosses
 from hyimg.training.stepping import Stepper
 from hyimg.training.steps import Schedule
+from hyimg.training.uploads import Uploads
 
 
 @dataclass
@@ -66,10 +68,11 @@ class Run:
     exchange: Exchange
     ema: AdapterEMA | None = None
     resumed: Resumed | None = None
+    uploads: Uploads | None = None
     step: int = 0
     epoch: int = 0
     measured: dict[str, float] = field(default_factory=dict)
-    average: MovingAverage = field(default_factory=MovingAverage)
+    losses: SmoothedLosses = field(default_factory=SmoothedLosses)
     evaluation: Evaluation = field(default_factory=Evaluation)
     parts: list[Stateful] = field(default_factory=list)
     evaluation_modes: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
@@ -118,3 +121,5 @@ class Run:
             files = self.folder.save(path, self.network.state(), self.describe(self), self.save_dtype)
         self.saved += files
         self.report.note("saved " + " and ".join(str(file) for file in files))
+        if self.uploads is not None:
+            self.uploads.send_lora(files, self.folder.directory)

@@ -11,7 +11,7 @@ from hyimg.config.load import flatten
 from hyimg.config.option import all_options
 
 # Options that say how a command was given, not what the run is
-_NOT_REPEATED = ("config", "output_config", "overwrite", "resume", "resume_force")
+_NOT_REPEATED = ("config", "output_config", "overwrite", "resume", "resume_force", "resume_from_huggingface")
 
 
 def config_toml(config: object) -> str:

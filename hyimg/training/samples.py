@@ -96,6 +96,12 @@ class SamplePlan:
         )
 
 
+def sampling_of(options: Validation, image_size: tuple[int, int] | None = None) -> Sampling:
+    """How samples are rendered where their prompts do not say it; `image_size` is (height, width)."""
+    sampling = Sampling(sampler=options.sampler, sampler_args=options.sampler_args)
+    return sampling if image_size is None else replace(sampling, image_size=image_size)
+
+
 def prompts_of_samples(options: Validation) -> list[str]:
     """Every prompt and negative prompt that samples need from the text cache."""
     return [] if options.sample_prompts is None else prompts_to_encode(load_prompts(options.sample_prompts))

@@ -24,7 +24,7 @@ from hyimg.training.state_tree import pack
 def warn_of_idle_saving(config: TrainConfig, report: Reporter) -> None:
     """Says which of the options about saving have nothing to act on."""
     saving = config.saving
-    by_step, by_epoch = saving.save_every_n_steps, saving.save_every_n_epochs
+    by_step, by_epoch = saving.save_every_n_steps, saving.save_every_n_epochs or saving.save_n_epoch_ratio
     needs = {
         "save_last_n_steps": (by_step, "--save_every_n_steps"),
         "save_last_n_epochs": (by_epoch, "--save_every_n_epochs"),
@@ -132,6 +132,8 @@ def save_state(run: Run, path: Path) -> None:
     write_state(path, document, tensors, run.metrics.text())
     run.saved_states.append(path)
     run.report.note(f"saved {path}")
+    if run.uploads is not None:
+        run.uploads.send_state(path)
 
 
 def _rotate(run: Run, what: str, *, loras: int | None, states: int | None) -> None:
@@ -140,7 +142,14 @@ def _rotate(run: Run, what: str, *, loras: int | None, states: int | None) -> No
         return
     if loras is not None:
         for path in run.folder.older(what, ending=".safetensors", than=loras):
+            _wait_for_upload(run, path)
             path.unlink(missing_ok=True)
     if states is not None:
         for path in run.folder.older(what, ending="-state", than=states):
+            _wait_for_upload(run, path)
             remove_state(path)
+
+
+def _wait_for_upload(run: Run, path: Path) -> None:
+    if run.uploads is not None:
+        run.uploads.wait_for(path)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-TIMES = ("seconds",)
+from hyimg.training.step_metrics import COST_FIELDS
 
 
 @pytest.fixture
@@ -45,7 +45,9 @@ def train(hyimg, own_dataset, tmp_path):
 def lines(folder):
     """(lines of steps, lines of validations), times left out."""
     text = (folder / "lora.metrics.jsonl").read_text(encoding="utf-8")
-    every = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
+    every = [
+        {k: v for k, v in json.loads(line).items() if k not in COST_FIELDS} for line in text.splitlines()
+    ]
     return [x for x in every if "loss" in x], [x for x in every if "validation_loss" in x]
 
 
@@ -157,4 +159,16 @@ def test_show_timesteps_draws_them_and_trains_nothing(train, tmp_path):
         float(part.split()[-1].rstrip("%")) for part in err.split("timesteps: ")[1].split(";")[0].split(",")
     ]
     assert shares == pytest.approx([25] * 4, abs=1.5)
+    assert not folder.exists()
+
+
+def test_samples_are_rendered_with_the_sampler_that_is_asked_for(train, prompts):
+    options = ["--sample_prompts", prompts, "--vae", "{vae}", "--max_train_steps", 1, "--sample_at_first"]
+    pictures = {}
+    for given in ("--sampler=euler", "--sampler=heun", "--sample_sampler=dpmsolver++"):
+        folder, _ = train(*options, given)
+        pictures[given] = (folder / "sample" / "lora-step00000000-01.png").read_bytes()
+    assert len(set(pictures.values())) == 3
+    folder, err = train(*options, "--sampler", "hewn", code=2)
+    assert "did you mean `heun`" in err
     assert not folder.exists()

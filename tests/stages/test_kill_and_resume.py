@@ -23,6 +23,7 @@ from hyimg.cache.atomic import TEMPORARY_SUFFIX
 from hyimg.cli.app import main
 from hyimg.training.state_folder import read_state
 from hyimg.training.state_tree import equal, unpack
+from hyimg.training.step_metrics import COST_FIELDS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fork server is used on Linux only")
 
@@ -122,7 +123,7 @@ def killed_at(server, command, tmp_path):
 
 def metrics(folder):
     lines = (folder / "lora.metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in COST_FIELDS} for line in lines]
 
 
 def loras(folder):

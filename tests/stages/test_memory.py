@@ -15,6 +15,7 @@ from hyimg.config.commands import MakeTinyModelConfig
 from hyimg.config.load import make
 from hyimg.report import SilentReporter
 from hyimg.stages.make_tiny_model import ModelFolder, make_tiny_model
+from hyimg.training.step_metrics import COST_FIELDS
 
 # Of the deep tiny model, as of 2.1 itself
 MOST_BLOCKS = 37
@@ -48,7 +49,7 @@ def train(hyimg, deep, cached_dataset, tmp_path):
             return None, None, err
         lines = [json.loads(line) for line in (folder / "lora.metrics.jsonl").read_text().splitlines()]
         return (
-            [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
+            [{k: v for k, v in line.items() if k not in COST_FIELDS} for line in lines],
             load_file(folder / "lora.safetensors"),
             err,
         )

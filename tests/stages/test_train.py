@@ -11,13 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hyimg.model.safetensors_file import read_header
-
-TIMES = ("seconds",)
+from hyimg.training.step_metrics import COST_FIELDS
 
 
 def metrics(folder, name="lora"):
     lines = (folder / f"{name}.metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in COST_FIELDS} for line in lines]
 
 
 @pytest.fixture

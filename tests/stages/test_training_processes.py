@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from hyimg.memory.processes import Processes
 from hyimg.training.state_folder import read_state
+from hyimg.training.step_metrics import COST_FIELDS
 
 PYTHON = sys.executable
 LAUNCHERS = {
@@ -115,7 +116,7 @@ def files(folder: Path) -> set[str]:
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     lines = (folder / "lora.metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in COST_FIELDS} for line in lines]
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -53,10 +53,10 @@ def fill_caches(dataset_config: Path, vae: ModelFolder, encoders: ModelFolder) -
     latents = LatentStore(space.latents_dir, file_identity(vae.vae), index=space.index)
     identity = TextEncoders.open(encoders.text_encoder, encoders.byt5).identity
     texts = TextStore(space.text_dir, identity, index=space.index)
-    for sample in space.found.samples:
+    for sample in space.all_samples:
         mean_CHW = _random((DIT_TINY.latent_channels, 2, 2), "mean", latents.model_identity, sample.key)
         latents.write(sample.recipe(), LatentEntry(mean_CHW, torch.full_like(mean_CHW, 0.5)))
-    for prompt in prompts_of(space.found.samples):
+    for prompt in prompts_of(space.all_samples):
         text_TD = _random((3 + len(prompt), DIT_TINY.text_dim), "text", identity, prompt)
         texts.write(prompt, TextEntry(text_TD))
 

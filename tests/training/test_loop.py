@@ -67,8 +67,8 @@ class OneParameter:
             for numbers, multiplier in zip(batches, multipliers, strict=True)
         ]
         step = Step(1, batches)
-        loss_B, norm, _ = train_step(self.run, step, Epoch(1, [step], True), loaded)
-        return loss_B.tolist(), norm, before - self.parameter.item()
+        result = train_step(self.run, step, Epoch(1, [step], True), loaded)
+        return result.loss_B.tolist(), result.gradient_norm, before - self.parameter.item()
 
 
 def test_the_gradient_is_the_mean_over_the_steps_images_whatever_the_batches_sizes():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
 
+from hyimg.data.describe import dataset_dirs
 from hyimg.model.safetensors_file import read_header
 
 
@@ -52,10 +54,15 @@ def test_numbers_of_the_run_are_told_as_they_were(metadata, folder):
 
 def test_what_the_user_says_of_the_file_is_in_it(metadata):
     said = {"training_comment": "a comment", "metadata_title": "Cats", "metadata_author": "me"}
+    said |= {
+        "metadata_usage_hint": "write ohwx",
+        "metadata_trigger_phrase": "ohwx",
+        "metadata_merged_from": "x, y",
+    }
     said |= {"metadata_description": "four cats", "metadata_license": "MIT", "metadata_tags": "cat, red"}
     told = metadata(**said)
     assert told["ss_training_comment"] == "a comment"
-    for name in ("title", "author", "description", "license", "tags"):
+    for name in (key.removeprefix("metadata_") for key in said if key.startswith("metadata_")):
         assert told[f"modelspec.{name}"] == said[f"metadata_{name}"]
 
 
@@ -67,3 +74,68 @@ def test_optimiser_and_network_arguments_are_told(metadata):
     )
     assert told["ss_optimizer"] == "torch.optim.sgd.SGD(momentum=0.5)"
     assert json.loads(told["ss_network_args"]) == {"network_reg_dims": "img_attn_qkv=2"}
+
+
+# What the reference tool's train_network.py and its trainer for this model write, but for the commit of its own
+# repository and what it tells without a dataset file
+REFERENCE_KEYS = """
+adaptive_noise_scale base_model_version cache_latents caption_dropout_every_n_epochs caption_dropout_rate
+caption_tag_dropout_rate clip_skip dataset_dirs datasets debiased_estimation discrete_flow_shift epoch
+face_crop_aug_range fp8_base fp8_base_unet full_fp16 gradient_accumulation_steps gradient_checkpointing huber_c
+huber_scale huber_schedule ip_noise_gamma ip_noise_gamma_random_strength learning_rate logit_mean logit_std
+loss_type lowram lr_scheduler lr_warmup_steps max_grad_norm max_token_length max_train_steps max_validation_steps
+min_snr_gamma mixed_precision mode_scale model_prediction_type multires_noise_discount multires_noise_iterations
+network_alpha network_args network_dim network_dropout network_module new_sd_model_hash new_vae_hash noise_offset
+noise_offset_random_strength num_batches_per_epoch num_epochs num_reg_images num_train_images
+num_validation_images optimizer output_name prior_loss_weight resize_interpolation scale_weight_norms sd_model_hash
+sd_model_name seed session_id sigmoid_scale steps tag_frequency text_encoder_lr timestep_sampling training_comment
+training_finished_at training_started_at unet_lr v2 vae_hash vae_name validate_every_n_epochs
+validate_every_n_steps validation_seed validation_split zero_terminal_snr
+""".split()
+
+
+def test_no_key_of_the_reference_tool_is_missing(metadata):
+    assert [key for key in REFERENCE_KEYS if f"ss_{key}" not in metadata()] == []
+
+
+def test_models_are_told_by_name_and_by_the_hashes_that_are_known(metadata, models):
+    told = metadata(vae=models[0].vae)
+    # the caches were opened for this VAE, which was hashed for it; reading the DiT for this would take long
+    assert told["ss_new_vae_hash"] == hashlib.sha256(models[0].vae.read_bytes()).hexdigest()
+    assert told["ss_new_sd_model_hash"] == "None"
+    for key, path in (("ss_vae_hash", models[0].vae), ("ss_sd_model_hash", models[0].dit)):
+        assert told[key] == hashlib.sha256(path.read_bytes()[0x100000:0x110000]).hexdigest()[:8]
+
+
+def test_the_dataset_is_told_as_its_file_says(metadata, make_dataset):
+    dataset = make_dataset(
+        "enable_bucket = true\nmin_bucket_reso = 64\nmax_bucket_reso = 128\nbucket_reso_steps = 32\n"
+        "flip_aug = false\nkeep_tokens = 1\ncaption_dropout_rate = 0.25\nvalidation_split = 0.25\n"
+    )
+    told = metadata(dataset_config=dataset)
+    assert (told["ss_num_train_images"], told["ss_num_validation_images"]) == ("3", "1")
+    assert told["ss_caption_dropout_rate"] == "0.25"
+    assert json.loads(told["ss_dataset_dirs"]) == {"images": {"n_repeats": 1, "img_count": 3}}
+    (described,) = json.loads(told["ss_datasets"])
+    expected = {"enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 128}
+    assert {key: described[key] for key in expected} == expected
+    assert described["bucket_info"] == {
+        "buckets": {"0": {"resolution": [64, 64], "count": 3}},
+        "mean_img_ar_error": 0.0,
+    }
+    (subset,) = described["subsets"]
+    expected = {"keep_tokens": 1, "shuffle_caption": False, "caption_dropout_rate": 0.25, "color_aug": False}
+    assert {key: subset[key] for key in expected} == expected
+
+
+def test_a_folder_in_two_datasets_is_told_twice_and_regularisation_is_not():
+    subsets = [
+        {"metadata_file": None, "image_dir": name, "is_reg": is_reg} for name, is_reg in (("a", 0), ("r", 1))
+    ]
+    described = [
+        {"subsets": [{**subset, "num_repeats": n, "img_count": 5} for subset in subsets]} for n in (1, 2)
+    ]
+    assert dataset_dirs(described) == {
+        "a": {"n_repeats": 1, "img_count": 5},
+        "a (2)": {"n_repeats": 2, "img_count": 5},
+    }

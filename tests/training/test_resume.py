@@ -18,6 +18,7 @@ from hyimg.training.resume import Stateful
 from hyimg.training.state_folder import read_state
 from hyimg.training.state_parts import OptimizerPart, generators_part
 from hyimg.training.state_tree import equal, pack, unpack
+from hyimg.training.step_metrics import COST_FIELDS
 
 STEPS = 7  # of epochs of four batches
 WITH_STATES = {
@@ -35,7 +36,7 @@ def contents(state):
 
 def metrics(folder):
     lines = (folder / "lora.metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in COST_FIELDS} for line in lines]
 
 
 def assert_same_end(folder, expected):
