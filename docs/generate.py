@@ -151,12 +151,6 @@ def _row(option: Option, required: bool) -> str:
     metavar = option.metavar.replace("|", " \\| ") + (" ..." if option.many else "")
     default = "required" if required else _default(option)
     meaning = traits.help
-    if traits.later is not None:
-        usable = [v for v in (option.default, *traits.available) if v not in (None, False, (), "")]
-        only = (
-            f", but for {' and '.join(f'`{v}`' for v in usable)}" if usable and option.kind == "str" else ""
-        )
-        meaning += f" (**not yet{only}**: {traits.later})"
     for value, reason in traits.refused.items():
         meaning += f"; `{value}` is refused: {reason}"
     return f"| {names} | {metavar} | {default} | {_cell(meaning)} |"

@@ -144,9 +144,6 @@ def add_command(
         help=inspect.getdoc(run),
         context_settings=CONTEXT_SETTINGS,
         rich_help_panel=panel,
-        epilog="Options that are not built yet are not listed here; docs/commands.md has them all."
-        if any(_is_hidden(opt) for opt in options)
-        else None,
     )(command)
 
 
@@ -174,7 +171,6 @@ def _option(opt: Option, help: str) -> Any:
         metavar=opt.metavar or None,
         rich_help_panel=opt.panel,
         show_default=False,
-        hidden=_is_hidden(opt),
         autocompletion=(lambda: list(opt.traits.choices)) if opt.traits.choices else None,
     )
 
@@ -182,10 +178,6 @@ def _option(opt: Option, help: str) -> Any:
 def flag_of(name: str) -> str:
     """`--name`, and `-n` for a single letter."""
     return f"--{name}" if len(name) > 1 else f"-{name}"
-
-
-def _is_hidden(opt: Option) -> bool:
-    return opt.traits.later is not None and not opt.traits.available
 
 
 def _help(opt: Option, required: bool) -> str:

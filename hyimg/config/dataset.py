@@ -152,8 +152,7 @@ class CachesInTraining:
     )
     skip_cache_check: bool = option(
         False,
-        help="do not look for missing or damaged entries before the first step",
-        later="leave it out; the check is fast",
+        help="take every entry to be there without a look; one that is not is an error at the step that needs it",
     )
     latent_sampling: str = option(
         "sample", choices=("sample", "mean"), help="a fresh posterior sample at each step, or the mean"

@@ -42,8 +42,6 @@ class Traits:
     steps_or_share: bool = False
     argument: bool = False
     synonyms: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    later: str | None = None
-    available: tuple[Any, ...] = ()
     refused: Mapping[Any, str] = dataclasses.field(default_factory=dict)
     is_input: bool = False
     is_name: bool = False
@@ -95,8 +93,6 @@ def option(
     steps_or_share: bool = False,
     argument: bool = False,
     synonyms: Mapping[str, str] | None = None,
-    later: str | None = None,
-    available: tuple[Any, ...] = (),
     refused: Mapping[Any, str] | None = None,
     is_input: bool = False,
     is_name: bool = False,
@@ -111,8 +107,7 @@ def option(
     cannot do without is said in `commands.py`). `aliases` are further names without dashes. Bounds are
     inclusive unless `exclusive_minimum`. `count` fixes how many values a tuple takes. `steps_or_share` is a number of
     steps, or below 1 (or with a `%`) a share of them. `argument` makes it a
-    positional argument. `synonyms` maps other spellings of a value to the one that is kept. `later` is the
-    reason why a value other than the default (and those in `available`) is refused for now; `refused` maps
+    positional argument. `synonyms` maps other spellings of a value to the one that is kept. `refused` maps
     values that never will be to the reason. `is_input` says that the path must be there to be read, `is_name`
     that the text becomes part of a file's name (`hyimg.config.names`). `pipeline_part` is the folder of a diffusers
     pipeline that is taken where its root is given. `bound_reason` says why there is a
@@ -131,8 +126,6 @@ def option(
         steps_or_share=steps_or_share,
         argument=argument,
         synonyms=synonyms or {},
-        later=later,
-        available=available,
         refused=refused or {},
         is_input=is_input,
         is_name=is_name,

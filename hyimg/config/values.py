@@ -36,8 +36,6 @@ def checked(opt: Option, raw: Any, place: str, problems: list[str]) -> Any:
     except ValueError as error:
         problems.append(f"{opt.label}{place} {error}")
         return opt.default
-    if opt.traits.later is not None and value != opt.default and value not in opt.traits.available:
-        problems.append(f"{opt.label}{place} is not available yet: {opt.traits.later}")
     if not opt.many and value in opt.traits.refused:
         problems.append(f"{opt.label}{place} cannot be `{_written(value)}`: {opt.traits.refused[value]}")
     return value

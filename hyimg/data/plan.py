@@ -162,15 +162,21 @@ def latent_store_for_training(
     index: Index | None = None,
     identity: str | None = None,
     dataset_config: Path | None = None,
+    skip_check: bool = False,
 ) -> LatentStore:
     """The store under `folder` (`<cache_dir>/latents`) that holds every latent of `samples`.
 
     With `identity` (a VAE is given) it must be that VAE's; without, exactly one VAE's entries must be
-    complete. Raises `HyimgError` that names the first image without an entry, and the command to run.
+    complete. Raises `HyimgError` that names the first image without an entry, and the command to run. With
+    `skip_check` every entry is taken to be there, and one that is not is an error when it is read.
     """
 
     def missing(store: LatentStore) -> list[str]:
-        return [f"`{task.sample.image_path}`" for task in plan_latents(samples, store).todo]
+        return (
+            []
+            if skip_check
+            else [f"`{task.sample.image_path}`" for task in plan_latents(samples, store).todo]
+        )
 
     return _complete_store(LatentStore, folder, missing, index, identity, dataset_config)
 
@@ -184,13 +190,16 @@ def text_store_for_training(
     identity: str | None = None,
     dataset_config: Path | None = None,
     flags: str = "",
+    skip_check: bool = False,
 ) -> TextStore:
     """The store under `folder` (`<cache_dir>/text`) that holds every prompt of `samples` and the extra ones;
     otherwise as `latent_store_for_training`. `flags` are what cache-text needs to make the extra ones."""
     extra = list(extra_prompts)
 
     def missing(store: TextStore) -> list[str]:
-        return [_prompt_name(prompt) for prompt in plan_text(samples, store, extra).todo]
+        return (
+            [] if skip_check else [_prompt_name(prompt) for prompt in plan_text(samples, store, extra).todo]
+        )
 
     return _complete_store(TextStore, folder, missing, index, identity, dataset_config, flags)
 
@@ -214,7 +223,7 @@ def _complete_store(
         return complete[0]
     if complete:
         raise HyimgError(
-            f"the {store_type.kind} cache `{folder}` was made by {len(complete)} models, all complete",
+            f"the {store_type.kind} cache `{folder}` was made by {len(complete)} models",
             hint="name the model files, so that it is clear which is meant",
         )
     if not lacks:

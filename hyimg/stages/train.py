@@ -233,6 +233,7 @@ def _open_data(
         index=workspace.index,
         identity=file_identity(config.vae.vae, workspace.index) if config.vae.vae is not None else None,
         dataset_config=config.dataset.dataset_config,
+        skip_check=config.caching.skip_cache_check,
     )
     texts = text_store_for_training(
         workspace.text_dir,
@@ -244,6 +245,7 @@ def _open_data(
         flags=class_caption_flags(config)
         + sample_prompt_flags(config.validation)
         + caption_transform_flags(config.dataset, config.common.plugin),
+        skip_check=config.caching.skip_cache_check,
     )
     loader = BatchLoader(
         TrainingData(samples, latents, texts, seed=prepared.seed),

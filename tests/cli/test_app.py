@@ -14,7 +14,6 @@ from hyimg.cli.app import run
 from hyimg.cli.flags import add_command
 from hyimg.config import commands as configs
 from hyimg.config import load
-from hyimg.config.option import all_options
 
 
 @pytest.fixture
@@ -290,13 +289,3 @@ def test_the_reference_tools_schedule_free_wrapper_becomes_its_optimiser(parse, 
     assert config.optimizer.optimizer_type == "AdamWScheduleFree"
     assert config.optimizer.optimizer_args == ("eps=1e-6", "betas=(0.8, 0.999)", "weight_decay=0.1", "r=1")
     assert config.duration.seed == 3
-
-
-def test_help_lists_what_works_and_hides_what_does_not_yet(capsys):
-    run(["train", "--help"])
-    text = capsys.readouterr().out
-    assert "--network_dim" in text
-    hidden = [
-        opt for opt in all_options(configs.TrainConfig) if opt.traits.later and not opt.traits.available
-    ]
-    assert not [opt.name for opt in hidden if f"--{opt.name} " in text]

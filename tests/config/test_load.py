@@ -14,7 +14,7 @@ from hyimg.config import commands
 from hyimg.config.dataset_flags import dataset_toml
 from hyimg.config.load import check_inputs, flatten, make, select
 from hyimg.config.names import check_plain_name
-from hyimg.config.option import all_options, option
+from hyimg.config.option import all_options
 from hyimg.errors import HyimgError
 
 TRAIN = {"dit": "dit.safetensors", "dataset_config": "data.toml", "output_dir": "out"}
@@ -81,33 +81,11 @@ def test_everything_wrong_is_said_at_once_with_the_nearest_name(run_file):
         ({"image_size": ["1000", "1024"]}, r"multiple of 32, got 1000 \(nearest: 992 or 1024\)"),
         ({"guidance_scale": "nan"}, "finite"),
         ({"seed": True}, "whole number"),
-        ({"lycoris": True}, "not available yet"),
     ],
 )
 def test_values_out_of_bounds_are_refused(given, reason):
     with pytest.raises(HyimgError, match=reason):
         make(commands.InferConfig, {"vae": "v", "save_path": "o", **given})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Unbuilt:
-    """Unbuilt."""
-
-    unbuilt: str | None = option(
-        None, help="of later work", later="leave it out for now", available=("built",)
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class UnbuiltConfig:
-    group: Unbuilt = dataclasses.field(default_factory=Unbuilt)
-
-
-def test_options_of_later_work_are_refused_with_the_reason_and_their_defaults_accepted():
-    for value in (None, "built"):
-        assert make(UnbuiltConfig, {"unbuilt": value}).group.unbuilt == value
-    with pytest.raises(HyimgError, match="`--unbuilt` is not available yet: leave it out for now"):
-        make(UnbuiltConfig, {"unbuilt": "other"})
 
 
 @pytest.mark.parametrize(

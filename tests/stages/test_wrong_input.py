@@ -317,6 +317,17 @@ def test_no_caches_say_which_command_to_run(refused, own_dataset, tmp_path):
     refused(*train, words=["no latent cache", "hyimg cache-latents --dataset_config"])
 
 
+def test_without_the_check_of_the_caches_a_missing_entry_is_told_at_its_step(hyimg, own_dataset, tmp_path):
+    for entry in (own_dataset.parent / "hyimg-cache" / "latents").rglob("*/*.safetensors"):
+        entry.unlink()
+    train = ["train", "--dit", "{dit}", "--dataset_config", own_dataset, "--output_dir", tmp_path / "out"]
+    code, _, err = hyimg(*train, "--skip_cache_check")
+    assert code == 2
+    assert "1 parameter group" in err, "the run has begun"
+    assert "needed for" in err
+    assert "hint: run `hyimg cache-latents" in err
+
+
 def test_a_damaged_cache_entry_is_made_again_and_never_used(hyimg, own_dataset, tmp_path):
     entry = next((own_dataset.parent / "hyimg-cache" / "latents").rglob("*/*.safetensors"))
     data = bytearray(entry.read_bytes())
