@@ -81,7 +81,6 @@ def test_everything_wrong_is_said_at_once_with_the_nearest_name(run_file):
         ({"image_size": ["1000", "1024"]}, r"multiple of 32, got 1000 \(nearest: 992 or 1024\)"),
         ({"guidance_scale": "nan"}, "finite"),
         ({"seed": True}, "whole number"),
-        ({"lycoris": True}, "not available yet"),
     ],
 )
 def test_values_out_of_bounds_are_refused(given, reason):
