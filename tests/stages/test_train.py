@@ -316,14 +316,6 @@ def test_files_set_aside_by_a_killed_run_come_back(train, hyimg, cached_dataset)
     assert files(folder) == before
 
 
-def test_several_processes_are_refused_until_they_are_built(hyimg, cached_dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    arguments = ["--dit", "{dit}", "--dataset_config", cached_dataset, "--output_dir", tmp_path / "out"]
-    code, _, err = hyimg("train", *arguments)
-    assert code == 2
-    assert "several processes" in err
-
-
 def test_a_launchers_environment_changes_no_gradient(trained, train, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert metrics(train()) == metrics(trained)
