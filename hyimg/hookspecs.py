@@ -295,7 +295,7 @@ def hyimg_epoch_end(run: Run, epoch: int) -> None:
 
     @hookimpl
     def hyimg_epoch_end(run, epoch):
-        run.report.note(f"epoch {epoch}: smoothed loss {run.average.value:.4f}")
+        run.report.note(f"epoch {epoch}: smoothed loss {run.losses.value:.4f}")
     ```
     """
 

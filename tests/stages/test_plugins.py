@@ -13,6 +13,8 @@ import tomli
 import torch
 from safetensors.torch import load_file
 
+from hyimg.training.step_metrics import COST_FIELDS
+
 EXAMPLES = Path(__file__).parents[2] / "plugins" / "examples"
 SHORT = "--max_train_steps 3 --seed 1 --mixed_precision no --save_precision float".split()
 
@@ -33,7 +35,7 @@ def train(hyimg, tmp_path):
 
 def metrics(folder):
     lines = (folder / "lora.metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in COST_FIELDS} for line in lines]
 
 
 # ---- caption transforms

@@ -136,7 +136,7 @@ def test_hyimg_epoch_end(train, example, report, monkeypatch):
     run = train(plugin=("spy", example), max_train_steps=None, max_train_epochs=2)
     told = [note for note in notes if note.startswith("epoch ")]
     assert len(told) == 2
-    assert told[-1] == f"epoch 2: smoothed loss {run.average.value:.4f}"
+    assert told[-1] == f"epoch 2: smoothed loss {run.losses.value:.4f}"
 
 
 def test_hyimg_run_end(train, example):
