@@ -50,7 +50,7 @@ def asks_for_launch(num_processes: int) -> bool:
     if world > 1 and num_processes not in (1, world):
         raise HyimgError(
             f"`--num_processes` is {num_processes}, and the launcher has started {world}",
-            hint="leave `--num_processes` out under a launcher",
+            hint=f"give the same, `--num_processes {world}`, or leave it out where no run file says it",
         )
     return world == 1 and num_processes > 1
 
