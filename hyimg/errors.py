@@ -43,6 +43,10 @@ class FellowLostError(RunError):
     """Another process of the run is gone: the consequence of an error, and not the error to tell."""
 
 
+class DivergedError(RunError):
+    """A loss or gradient that is not finite: all processes of a run find it in the same step."""
+
+
 class StoppedError(RunError):
     """A run that a signal asked to stop, and that did so in order: what was done is saved."""
 

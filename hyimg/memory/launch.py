@@ -15,11 +15,13 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
@@ -48,7 +50,7 @@ def asks_for_launch(num_processes: int) -> bool:
     if world > 1 and num_processes not in (1, world):
         raise HyimgError(
             f"`--num_processes` is {num_processes}, and the launcher has started {world}",
-            hint="leave `--num_processes` out under a launcher",
+            hint=f"give the same, `--num_processes {world}`, or leave it out where no run file says it",
         )
     return world == 1 and num_processes > 1
 
@@ -82,19 +84,21 @@ def launch(stage: Stage[C, T], config: C, report: Reporter, *, num_processes: in
     ends: list[Connection] = []
     relay = _Relay(processes)
     try:
-        for rank in range(num_processes):
-            receiving, sending = context.Pipe(duplex=False)
-            environment = _environment(rank, num_processes, store.port)
-            speaks = isinstance(report, ConsoleReporter)
-            process = context.Process(
-                target=_run, args=(sending, environment, stage, config, speaks), name=f"hyimg-{rank}"
-            )
-            with _without_interrupts():
-                process.start()
-            sending.close()  # so that a process that dies is an end of file here
-            processes.append(process)
-            ends.append(receiving)
         with relay:
+            for rank in range(num_processes):
+                receiving, sending = context.Pipe(duplex=False)
+                environment = _environment(rank, num_processes, store.port)
+                speaks = isinstance(report, ConsoleReporter)
+                process = context.Process(
+                    target=_run, args=(sending, environment, stage, config, speaks), name=f"hyimg-{rank}"
+                )
+                with _interrupts_kept():
+                    process.start()
+                processes.append(process)
+                sending.close()  # so that a process that dies is an end of file here
+                ends.append(receiving)
+                if relay.signal is not None:  # it has not reached this process
+                    raise relay.interruption
             outcomes = _collect(processes, ends, relay)
     finally:
         _end(processes)
@@ -152,16 +156,17 @@ class _Relay:
 
 
 @contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """A block in which a process that starts has Ctrl-C ignored, until it has a session of its own."""
-    if threading.current_thread() is not threading.main_thread():
+def _interrupts_kept() -> Iterator[None]:
+    """A block in which a process that starts has Ctrl-C kept for it until it can answer (`_run`)."""
+    if not _HAS_SESSIONS:
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # its start would lift the mask, which the new process is to inherit
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _collect(processes: Sequence[SpawnProcess], ends: Sequence[Connection], relay: _Relay) -> list[_Outcome]:
@@ -205,8 +210,9 @@ def _end(processes: Sequence[SpawnProcess]) -> None:
     for process in processes:
         if process.is_alive():
             process.terminate()
+    deadline = time.monotonic() + _SECONDS_TO_END
     for process in processes:
-        process.join(_SECONDS_TO_END)
+        process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():
             process.kill()
             process.join()
@@ -226,6 +232,8 @@ def _run(
     silent = SilentReporter()
     main = environment["RANK"] == "0"
     try:
+        if _HAS_SESSIONS:  # a Ctrl-C that came while this process was starting comes now
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         result = stage(config, ConsoleReporter() if main and speaks else silent)
         outcome = _Outcome(result, silent.warnings) if main else _Outcome()
     except HyimgError as error:

@@ -30,7 +30,6 @@ from hyimg.report import Reporter, SilentReporter
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-_PREFIX = "hyimg"
 _POLL_SECONDS = 0.05
 _CONNECT_SECONDS = 60.0
 
@@ -115,13 +114,13 @@ class Processes:
         if self.world == 1:
             return True
         try:
-            return bool(self._store().add(f"{_PREFIX}/failed", 1) == 1)
+            return bool(self._store().add("failed", 1) == 1)
         except (RuntimeError, HyimgError):  # the launcher is gone, or there is none
             return self.is_main
 
     def _next_key(self) -> str:
         self._num_calls += 1
-        return f"{_PREFIX}/{self._num_calls}"
+        return str(self._num_calls)
 
     def _get(self, key: str) -> Any:
         store = self._store()
@@ -157,17 +156,22 @@ class Tally:
 
 
 def _connect(world: int) -> Store:
-    """The store that the launcher keeps."""
+    """The store that the launcher keeps, and in it the part of this attempt.
+
+    torchrun with `--max-restarts` starts all processes anew after a failure and keeps its store, where what the
+    processes before them have told still stands.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise HyimgError(
             f"`WORLD_SIZE` is {world} in the environment, but no launcher started this process",
             hint="use `--num_processes`, torchrun or `accelerate launch`, or unset `WORLD_SIZE`",
         )
-    from torch.distributed import TCPStore
+    from torch.distributed import PrefixStore, TCPStore
 
-    return TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
         timeout=timedelta(seconds=_CONNECT_SECONDS),
     )
+    return PrefixStore(f"hyimg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

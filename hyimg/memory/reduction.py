@@ -17,8 +17,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from hyimg.errors import FellowLostError
+from hyimg.errors import FellowLostError, RunError
+from hyimg.memory.out_of_memory import out_of_memory_place
 from hyimg.memory.processes import Processes
+from hyimg.plugins import describe
 
 _PIECE_VALUES = 2**24
 """Values that are summed at once, at most: 64 MB beside the gradients, whatever the network's size."""
@@ -28,18 +30,24 @@ _PIECE_VALUES = 2**24
 def process_group(processes: Processes, device: torch.device, timeout: timedelta) -> Iterator[None]:
     """The time in which sums can be taken; nothing for a process alone.
 
-    A sum for which another process does not come in `timeout` fails. After an error the group is left to the
-    end of the process: to close it would make the others fail before they have heard of the error.
+    A sum for which another process does not come in `timeout` fails. Raises RunError where the processes do not
+    find each other. After an error the group is left to the end of the process: to close it would make the others
+    fail before they have heard of the error.
     """
     if processes.world == 1:
         yield
         return
-    torch.distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        rank=processes.rank,
-        world_size=processes.world,
-        timeout=timeout,
-    )
+    # Windows has no NCCL, and gloo sums on a GPU too
+    is_nccl = device.type == "cuda" and torch.distributed.is_nccl_available()
+    try:
+        torch.distributed.init_process_group(
+            "nccl" if is_nccl else "gloo", rank=processes.rank, world_size=processes.world, timeout=timeout
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            f"the processes of this run cannot be connected: {describe(error)}",
+            hint="`GLOO_SOCKET_IFNAME` or `NCCL_SOCKET_IFNAME` names the network interface to use",
+        ) from error
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -57,7 +65,11 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
         try:
             torch.distributed.all_reduce(flat)
         except RuntimeError as error:
-            raise FellowLostError("the connection to the other processes of this run is lost") from error
+            if out_of_memory_place(error) is not None:
+                raise
+            raise FellowLostError(
+                f"the connection to the other processes of this run is lost: {describe(error)}"
+            ) from error
         totals = torch.split_with_sizes(flat, [tensor.numel() for tensor in piece])
         for tensor, total in zip(piece, totals, strict=True):
             tensor.copy_(total.view_as(tensor))

@@ -6,6 +6,7 @@ in a hidden folder in it.
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,10 +92,9 @@ def _revisions(given: Sequence[str], repositories: Sequence[str]) -> dict[str, s
 
 def _look_up(file: ReleasedFile, folder: Path, revision: str, token: str | None) -> Wanted:
     hub = look_up(file.repository, file.path, revision=revision, token=token)
-    # another revision is another file, so that the two never grow into one
-    return Wanted(
-        file, hub, folder / file.name, folder / WORK_FOLDER / f"{file.name}.{hub.etag[:12]}.partial"
-    )
+    # another revision is another file, so that the two never grow into one; a tag may hold what no name may
+    tag = hashlib.sha256(hub.etag.encode()).hexdigest()[:12]
+    return Wanted(file, hub, folder / file.name, folder / WORK_FOLDER / f"{file.name}.{tag}.partial")
 
 
 @contextmanager

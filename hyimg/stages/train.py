@@ -27,7 +27,7 @@ from hyimg.data.describe import describe_datasets
 from hyimg.data.plan import latent_store_for_training, text_store_for_training
 from hyimg.data.training_data import BatchLoader, TrainingData
 from hyimg.data.workspace import Workspace
-from hyimg.errors import Terminated
+from hyimg.errors import DivergedError, StoppedError, Terminated
 from hyimg.memory.device import compute_dtype
 from hyimg.memory.launch import asks_for_launch, launch
 from hyimg.memory.out_of_memory import Place, explained, training_changes
@@ -125,16 +125,25 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
             begin_at(run, first_step)
         processes.wait()  # one may have read the model much faster than another
         try:
-            with run.metrics, run.uploads or nullcontext():
-                train_loop(run)
+            _run_to_its_end(run)
         except (KeyboardInterrupt, Terminated):
             last = f"the last saved file is {run.saved[-1]}" if run.saved else "nothing was saved yet"
             report.warning(f"stopped after step {run.step} of {schedule.max_steps}; {last}")
             raise
-        finally:
-            for tracker in run.accelerator.trackers:
-                tracker.finish()
+        except (StoppedError, DivergedError):
+            processes.wait()  # the first process that ends may end all: not before the main one has sent and told
+            raise
     return TrainResult(run.saved, run.step, prepared.seed)
+
+
+def _run_to_its_end(run: Run) -> None:
+    """The loop, and what is under way after it: uploads, and what trackers still have to send."""
+    try:
+        with run.metrics, run.uploads or nullcontext():
+            train_loop(run)
+    finally:
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
 
 
 def _make_run(

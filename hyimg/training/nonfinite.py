@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyimg.errors import RunError
+from hyimg.errors import DivergedError
 from hyimg.lora.network import LoRANetwork
 from hyimg.report import Reporter, count_text
 
@@ -64,7 +64,7 @@ class NonFiniteGuard:
     ) -> bool:
         """Whether the step may be taken; its gradients are still in place.
 
-        Raises RunError, naming images, timesteps and module, where the run is to stop.
+        Raises DivergedError, naming images, timesteps and module, where the run is to stop.
         """
         is_finite = math.isfinite(gradient_norm) and bool(torch.isfinite(images.loss_B).all())
         if is_finite:
@@ -74,9 +74,9 @@ class NonFiniteGuard:
         self.num_skipped += 1
         self.in_a_row += 1
         if not self.skip:
-            raise RunError(trouble, hint=_hint(step, last_good))
+            raise DivergedError(trouble, hint=_hint(step, last_good))
         if self.in_a_row >= MOST_IN_A_ROW:
-            raise RunError(
+            raise DivergedError(
                 f"{trouble}; it is step {self.in_a_row} of such in a row", hint=_hint(step, last_good)
             )
         report.warning(f"{trouble}: left out ({count_text(self.num_skipped, 'step')} so far)")

@@ -48,8 +48,8 @@ _HUBER_OPTIONS = ("huber_c", "huber_scale", "huber_schedule")
 
 @dataclass(frozen=True)
 class Preparation:
-    """A checked run: `config` has its seed decided, `network` what each module gets and starts with, `resumed`
-    the state to go on from."""
+    """A checked run: `config` has its seed and its number of processes decided, `network` says what each module
+    gets and starts with, `resumed` is the state to go on from."""
 
     config: TrainConfig
     seed: int
@@ -127,7 +127,8 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     if seed is None:
         drawn = resumed.seed if resumed is not None else keyed_seed(time.time_ns()) % 2**32
         seed = int(processes.broadcast(drawn))
-    config = replace(config, seed=seed)  # a drawn seed is part of what repeats the run
+    # what repeats the run: a drawn seed, and how many processes a launcher has started
+    config = replace(config, seed=seed, num_processes=processes.world)
     if resumed is not None:
         resumed.check_options(options_identity(config))
     warn_of_idle_saving(config, report)

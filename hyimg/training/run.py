@@ -112,11 +112,12 @@ class Run:
     def save(self, *, epoch: int | None = None, step: int | None = None) -> None:
         """Saves the LoRA as it is now, under the name of an epoch, of a step, or the final one.
 
-        Of several processes the main one does.
+        Of several processes the main one does; the others know that it has.
         """
-        if not self.processes.is_main:
-            return
         path = self.folder.lora_path(epoch=epoch, step=step)
+        if not self.processes.is_main:
+            self.saved += self.folder.forms(path)
+            return
         with self.evaluation_weights():
             files = self.folder.save(path, self.network.state(), self.describe(self), self.save_dtype)
         self.saved += files

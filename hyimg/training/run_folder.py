@@ -225,6 +225,11 @@ class RunFolder:
         """Writes every option, resolved: `hyimg train --config NAME.run.toml` repeats the run."""
         atomic_write_text(self.config_path, config_toml(config))
 
+    def forms(self, path: Path) -> list[Path]:
+        """The files in which a LoRA is saved that has the place `path`, as `save_format` names them."""
+        comfy_path = path.parent / COMFY_FOLDER / path.name
+        return {"kohya": [path], "comfy": [comfy_path], "both": [path, comfy_path]}[self.save_format]
+
     def save(
         self,
         path: Path,
@@ -242,24 +247,18 @@ class RunFolder:
                     f"`{name}` is not finite as {dtype}; nothing was saved as `{path.name}`",
                     hint="use `--save_precision bf16` or `float`, or lower `--learning_rate`",
                 )
-        comfy_path = path.parent / COMFY_FOLDER / path.name
-        saved = []
-        if self.save_format == "comfy":
-            source = path.with_name(f".{path.name}.kohya{TEMPORARY_SUFFIX}")
-        else:
-            source = path
-            saved.append(path)
+        files = self.forms(path)
+        source = path if path in files else path.with_name(f".{path.name}.kohya{TEMPORARY_SUFFIX}")
         try:
             save_lora(source, state, metadata, dtype=dtype)
-            if self.save_format != "kohya":
+            for comfy_path in (file for file in files if file != path):
                 convert(source, comfy_path, to="comfy")
                 _flush(comfy_path)
-                saved.append(comfy_path)
         finally:
-            if self.save_format == "comfy":
+            if source != path:
                 source.unlink(missing_ok=True)
         self._discard_aside()
-        return saved
+        return files
 
 
 def _flush(path: Path) -> None:

@@ -48,6 +48,8 @@ def save_after_step(run: Run) -> None:
         _save_step(run, state=saving.save_state or asked)
     if asked:
         run.folder.save_now_path.unlink(missing_ok=True)
+    if due:
+        _wait_for_main(run)
 
 
 def save_after_epoch(run: Run) -> None:
@@ -68,6 +70,7 @@ def save_after_epoch(run: Run) -> None:
         loras=last and following - every * last,
         states=last_states and following - every * last_states,
     )
+    _wait_for_main(run)
 
 
 def save_at_end(run: Run) -> None:
@@ -87,7 +90,7 @@ def stop_if_asked(run: Run, stop: StopRequest) -> None:
     if signal is None or run.step == run.schedule.max_steps:
         return
     _save_step(run, state=True)
-    run.processes.wait()  # the first process that ends may end all
+    _wait_for_main(run)
     raise StoppedError(
         f"stopped by {'Ctrl-C' if signal.name == 'SIGINT' else signal.name} "
         f"after step {run.step} of {run.schedule.max_steps}",
@@ -148,6 +151,11 @@ def _rotate(run: Run, what: str, *, loras: int | None, states: int | None) -> No
         for path in run.folder.older(what, ending="-state", than=states):
             _wait_for_upload(run, path)
             remove_state(path)
+
+
+def _wait_for_main(run: Run) -> None:
+    """Returns when the main process has saved and sent: here for as long as it takes, not in a sum that times out."""
+    run.processes.wait()
 
 
 def _wait_for_upload(run: Run, path: Path) -> None:

@@ -36,10 +36,12 @@ def tracker_names(logging: Logging) -> list[str]:
 
 def check_trackers(logging: Logging, report: Reporter) -> None:
     """Raises HyimgError where W&B is asked for and is not installed, or will not let this user in."""
-    if WANDB not in tracker_names(logging) or not Processes.current().is_main:
+    if WANDB not in tracker_names(logging):
         for name in ("wandb_run_name", "wandb_api_key"):
             if getattr(logging, name) is not None:
                 report.warning(f"`--{name}` has no effect without `--log_with wandb`")
+        return
+    if not Processes.current().is_main:
         return
     if importlib.util.find_spec(WANDB) is None:
         raise HyimgError(
@@ -81,9 +83,12 @@ class TrackedRun:
 
 
 def start_trackers(accelerator: Accelerator, run: TrackedRun, report: Reporter) -> None:
-    """Starts the trackers that the accelerator was made for. Raises HyimgError where W&B cannot be started."""
+    """Starts the main process's trackers, those that the accelerator was made for.
+
+    Raises HyimgError where W&B cannot be started.
+    """
     names = tracker_names(run.config.logging)
-    if not names:
+    if not names or not accelerator.is_main_process:
         return
     logging = run.config.logging
     options = {k: _shown(v) for k, v in flatten(run.config).items()} if logging.log_config else None
@@ -103,7 +108,7 @@ def start_trackers(accelerator: Accelerator, run: TrackedRun, report: Reporter) 
             f"W&B cannot be started: {_one_line(error)}",
             hint="set `WANDB_MODE=offline`, and send the run later with `wandb sync`",
         ) from error
-    if WANDB in names and accelerator.is_main_process:
+    if WANDB in names:
         _tell(accelerator.get_tracker(WANDB, unwrap=True), run, report)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -16,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from hyimg.config.commands import TrainConfig
-from hyimg.errors import HyimgError
+from hyimg.errors import HyimgError, Terminated
 from hyimg.memory.processes import Processes
 from hyimg.report import Reporter, count_text
 from hyimg.training.hub import Repository, ensure_repository, open_api, reason
@@ -129,12 +130,19 @@ class Uploads:
         if not pending:
             return
         if kind is not None and not issubclass(kind, HyimgError):
-            names = ", ".join(f"`{path}`" for upload in pending for path in upload.places)
-            self._report.warning(f"not uploaded, since the run was cut short: {names}")
+            self._tell_cut_short()
             return
         self._report.note(f"waiting for {count_text(len(pending), 'upload')}")
-        for upload in pending:
-            upload.over.wait()
+        try:
+            for upload in pending:
+                upload.over.wait()
+        except (KeyboardInterrupt, Terminated):
+            self._tell_cut_short()
+            raise
+
+    def _tell_cut_short(self) -> None:
+        names = ", ".join(f"`{path}`" for upload in list(self._pending) for path in upload.places)
+        self._report.warning(f"not uploaded, since the run was cut short: {names}")
 
     def _start(self, upload: _Upload) -> None:
         if self._queue is None:
@@ -150,9 +158,13 @@ class Uploads:
     def _work(self, queue: SimpleQueue[_Upload]) -> None:
         while True:
             upload = queue.get()
-            self._carry_out(upload)
-            self._pending.remove(upload)
-            upload.over.set()
+            try:
+                # a terminal or a pipe that is gone takes no note: the main thread finds that out for itself
+                with suppress(OSError):
+                    self._carry_out(upload)
+            finally:
+                self._pending.remove(upload)
+                upload.over.set()
 
     def _carry_out(self, upload: _Upload) -> None:
         try:

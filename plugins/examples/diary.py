@@ -27,6 +27,8 @@ class Diary:
         self.best_step, self.best_loss = state["best_step"], state["best_loss"]
 
     def write(self, run: Run, when: str) -> None:
+        if not run.processes.is_main:  # of several processes one writes
+            return
         text = f"{when}: best step {self.best_step} of {run.step}, loss {self.best_loss:.4f}\n"
         atomic_write_text(run.folder.directory / f"{run.folder.name}.diary.txt", text)
 

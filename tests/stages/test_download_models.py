@@ -27,9 +27,11 @@ from urllib.parse import urlparse
 import pytest
 from filelock import FileLock
 
+from hyimg.cache.download import HubFile
 from hyimg.cli.app import run
 from hyimg.encoders.tokenizer import load_qwen_tokenizer
 from hyimg.model.release import VARIANTS, ReleasedFile
+from hyimg.stages import download_models as download_stage
 from hyimg.stages.download_models import WORK_FOLDER
 
 BF16 = VARIANTS["bf16"]
@@ -465,3 +467,13 @@ def test_nothing_heavy_is_imported_to_download(hub, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_a_tag_with_slashes_leads_nowhere(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        download_stage,
+        "look_up",
+        lambda repository, path, **_: HubFile(repository, path, "url", 1, "/../../../up"),
+    )
+    wanted = download_stage._look_up(DIT, tmp_path, "main", None)
+    assert wanted.partial.parent == tmp_path / WORK_FOLDER

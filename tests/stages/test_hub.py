@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -186,16 +187,28 @@ def arguments(cached_dataset):
 
 
 @pytest.fixture
-def process(hub, model, arguments, tmp_path):
-    """Trains in a process of its own, which sees that hub; gives (stderr, run folder)."""
+def start(hub, model, arguments, tmp_path):
+    """Starts a training in a process of its own, which sees that hub."""
 
-    def call(name: str, *extra: object) -> tuple[str, Path]:
+    def call(name: str, *extra: object) -> subprocess.Popen[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
         words = [sys.executable, "-m", "hyimg", *arguments(tmp_path / name, "--dit", model.dit, *extra)]
-        ran = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
-        assert ran.returncode == 0, ran.stderr
-        return ran.stderr, tmp_path / name
+        pipe = subprocess.PIPE
+        return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+    return call
+
+
+@pytest.fixture
+def process(start, tmp_path):
+    """Trains in such a process to the end; gives (stderr, run folder)."""
+
+    def call(name: str, *extra: object) -> tuple[str, Path]:
+        ran = start(name, *extra)
+        _, err = ran.communicate(timeout=120)
+        assert ran.returncode == 0, err
+        return err, tmp_path / name
 
     return call
 
@@ -255,6 +268,24 @@ def test_every_save_is_uploaded_while_training_goes_on_and_a_state_from_there_go
     assert (again / "lora.safetensors").read_bytes() == on_disk["lora.safetensors"]
     assert metrics(again) == metrics(folder)
     assert "resume" not in (again / "lora.run.toml").read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_of_two_processes_that_are_asked_to_stop_the_one_that_uploads_is_waited_for(hub, start, tmp_path):
+    run = start(
+        *("run", "--huggingface_repo_id", REPO, "--async_upload", "--save_state_to_huggingface"),
+        *("--save_state", "--max_train_steps", 100000, "--num_processes", 2),
+    )
+    metrics_path = tmp_path / "run" / "lora.metrics.jsonl"
+    while run.poll() is None and not (metrics_path.is_file() and metrics_path.read_text()):
+        time.sleep(0.05)
+    hub.slow = 0.5
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 130, err
+    (state,) = (tmp_path / "run").glob("lora-step*-state")
+    assert f"{state.name}/manifest.json" in hub.files, err
+    assert "not uploaded" not in err
 
 
 def metrics(folder: Path) -> list[dict]:

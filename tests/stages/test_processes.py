@@ -208,3 +208,84 @@ def test_a_world_size_without_a_launcher_is_answered(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with pytest.raises(HyimgError, match="no launcher started this process"):
         Processes(0, 2, 0).wait()
+
+
+SLOW_STAGE = """
+import multiprocessing, os, time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+if multiprocessing.current_process().name != "MainProcess":
+    (HERE / f"importing-{os.getpid()}").touch()
+    time.sleep(1.5)
+
+def stage(config, report):
+    (HERE / "worked").touch()
+"""
+STARTER = """
+import sys
+from hyimg.memory.launch import launch
+from hyimg.report import SilentReporter
+from slow import stage
+
+if __name__ == "__main__":
+    try:
+        launch(stage, None, SilentReporter(), num_processes=2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_a_ctrl_c_that_comes_while_the_processes_start_is_not_lost(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_STAGE, encoding="utf-8")
+    (tmp_path / "starter.py").write_text(STARTER, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(
+        [PYTHON, tmp_path / "starter.py"], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("importing-*"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert not (tmp_path / "worked").exists()
+    assert "Traceback" not in err
+
+
+RESTARTED = """
+import os, sys, time
+from pathlib import Path
+from hyimg.memory.processes import Processes
+
+processes, attempt = Processes.current(), os.environ["TORCHELASTIC_RESTART_COUNT"]
+if processes.is_main and attempt == "1":
+    time.sleep(1)  # the other one is there to read what the attempt before has told
+told = processes.broadcast(f"attempt {attempt}")
+processes.wait()
+if attempt == "0":
+    sys.exit(1)
+Path(__file__).with_name(f"told-{processes.rank}").write_text(f"{told}, {processes.is_first_to_fail()}")
+"""
+
+
+def test_processes_that_torchrun_starts_anew_hear_nothing_of_those_before(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(RESTARTED, encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    torchrun = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, "--max-restarts=1", "--monitor-interval=0.1", script],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [(tmp_path / f"told-{rank}").read_text().split(", ") for rank in range(2)]
+    assert [text for text, _ in told] == ["attempt 1"] * 2
+    assert sorted(is_first for _, is_first in told) == ["False", "True"]

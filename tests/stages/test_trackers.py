@@ -10,11 +10,17 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from hyimg.config.commands import TrainConfig
+from hyimg.config.load import make
+from hyimg.memory.processes import Processes
+from hyimg.report import SilentReporter
 from hyimg.training.step_metrics import COST_FIELDS
+from hyimg.training.trackers import TrackedRun, check_trackers, start_trackers
 
 pytest.importorskip("wandb")
 
@@ -227,3 +233,15 @@ def test_without_an_account_it_is_one_sentence_before_anything_is_made(model, ca
 def test_options_of_wandb_without_it_are_warned_of(train):
     _, err = train(1, "--wandb_run_name", "cats")
     assert "`--wandb_run_name` has no effect without `--log_with wandb`" in err
+
+
+def test_of_several_processes_the_main_one_has_trackers(monkeypatch, tmp_path):
+    needed = dict.fromkeys(("dit", "dataset_config", "output_dir"), tmp_path)
+    config = make(TrainConfig, {**needed, "log_with": "all", "wandb_run_name": "cats"})
+    run = TrackedRun(config, "lora", tmp_path / "logs", 0.0, None)
+    start_trackers(SimpleNamespace(is_main_process=False), run, SilentReporter())
+    assert not list(tmp_path.iterdir())
+    report = SilentReporter()
+    monkeypatch.setattr(Processes, "current", lambda: Processes(1, 2, 1))
+    check_trackers(config.logging, report)
+    assert report.warnings == []

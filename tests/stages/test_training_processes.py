@@ -250,3 +250,13 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch, hyimg, command
     assert code == 2
     assert message in err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_run_file_says_how_many_processes_a_launcher_has_started(monkeypatch, hyimg, command, tmp_path):
+    class Main(Processes):
+        def broadcast(self, value):
+            return value
+
+    monkeypatch.setattr(Processes, "current", lambda: Main(0, 2, 0))
+    assert hyimg(*command(tmp_path, "--output_config"))[0] == 0
+    assert "num_processes = 2\n" in (tmp_path / "lora.run.toml").read_text(), "or it repeats another run"

@@ -6,14 +6,17 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from hyimg.errors import RunError, StoppedError, Terminated
+from hyimg.memory.processes import Processes
 from hyimg.report import SilentReporter
 from hyimg.training import saving
+from hyimg.training.exchange import Exchange
 from hyimg.training.signals import StopRequest
 from hyimg.training.state_folder import read_state
 
@@ -203,6 +206,36 @@ def test_in_another_thread_signals_stay_as_they_are():
     thread.start()
     thread.join()
     assert inside == [before]
+
+
+# ---- several processes
+
+
+def test_the_others_wait_for_a_save_as_long_as_it_takes_and_not_in_a_sum(train, spy):
+    waits = []
+
+    class Counting(Processes):
+        def wait(self):
+            waits.append(spy.runs[-1].step)
+
+    def count(run):
+        run.exchange = Exchange(Counting(), torch.device("cpu"))
+
+    spy.on_start = count
+    train(max_train_epochs=2, save_every_n_steps=3, save_every_n_epochs=1)
+    assert waits == [3, 4, 6], "an epoch is four steps, and nobody steps after the last"
+
+
+def test_a_process_that_does_not_save_knows_what_the_main_one_has_saved(train, tmp_path):
+    run = train()
+    last = run.last_good
+    other = replace(run, exchange=Exchange(Processes(1, 2, 1), torch.device("cpu")), saved=[])
+    other.save()
+    assert other.saved == run.saved
+    assert other.last_good == last
+    other.save(step=7)
+    assert other.last_good == run.folder.directory / "comfy" / "lora-step00000007.safetensors"
+    assert not other.last_good.exists()
 
 
 # ---- what is not finite

@@ -86,3 +86,37 @@ def test_states_go_only_where_they_are_asked_for(case):
     with case.uploads:
         pass
     assert case.hub.sent == []
+
+
+def test_a_wait_that_is_cut_short_says_what_is_left(case):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    def run():
+        with case.uploads:
+            for file in case.files:
+                case.uploads.send_lora([file], case.folder)
+            case.hub.let_through.release()
+            case.uploads.wait_for(case.files[0])
+            case.uploads._pending[-1].over.wait = stop
+            let_through_soon(case.hub, 1)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    (warning,) = case.report.warnings
+    assert warning == f"not uploaded, since the run was cut short: `{case.files[2]}`"
+
+
+def test_a_terminal_that_is_gone_keeps_nobody_waiting(case, monkeypatch):
+    def gone(text):
+        raise BrokenPipeError
+
+    case.hub.let_through.release(2)
+    monkeypatch.setattr(case.report, "note", gone)
+    for file in case.files[:2]:
+        case.uploads.send_lora([file], case.folder)
+    waiting = threading.Thread(target=case.uploads.wait_for, args=(case.files[1],), daemon=True)
+    waiting.start()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert case.hub.sent == [["x/a.safetensors"], ["x/b.safetensors"]]

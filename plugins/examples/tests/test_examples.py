@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,3 +38,19 @@ def test_signum_steps_by_the_sign_of_the_momentum():
     # averages [0.25, -1, 0], then [-0.3125, -0.5, 0]; each step also shrinks by 5%
     expected = [(0.95 - 0.1) * 0.95 + 0.1, (0.95 + 0.1) * 0.95 + 0.1, 2 * 0.95**2]
     assert weight.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_of_several_processes_one_writes_the_diary(tmp_path, is_main):
+    run = SimpleNamespace(
+        folder=SimpleNamespace(directory=tmp_path, name="cat"),
+        processes=SimpleNamespace(is_main=is_main),
+        remember=lambda part: None,
+        measured={},
+        step=1,
+    )
+    diary = load("diary")
+    diary.hyimg_run_start(run)
+    diary.hyimg_step_end(run, step=1, loss_B=torch.tensor([1.0, 3.0]))
+    diary.hyimg_run_end(run)
+    assert (tmp_path / "cat.diary.txt").exists() is is_main
