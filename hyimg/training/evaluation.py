@@ -1,7 +1,9 @@
 """What a run asks of its model between steps: validation and samples. Neither leaves a trace in training.
 
 Both look at the weights that are saved (the moving average where there is one), draw nothing that training
-draws, and come before a step's files are saved, so that a resumed run neither repeats nor misses one.
+draws, and come before a step's files are saved, so that a resumed run neither repeats nor misses one. A plugin's
+loss or sampler may draw from the global generators: there it gets the same each time, and training goes on with
+what it had.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accelerate.utils import set_seed
+
 from hyimg.memory.out_of_memory import out_of_memory_place
 from hyimg.training.samples import SampleCadence, SampleRenderer
+from hyimg.training.state_parts import generators_part
 from hyimg.training.trackers import show_images
 from hyimg.training.validation import Cadence, Validator
 
@@ -90,7 +95,14 @@ def _render_samples(
 
 @contextmanager
 def _undisturbed(run: Run) -> Iterator[None]:
-    """The weights to evaluate, at their full strength; each training batch sets its own again."""
-    with run.evaluation_weights():
-        run.network.set_multiplier(1.0)
-        yield
+    """The weights to evaluate, at their full strength (each training batch sets its own again), and the global
+    generators at the run's seed; afterwards all is as it was."""
+    generators = generators_part(run.accelerator.device)
+    before = generators.state_dict()
+    set_seed(run.seed % 2**32)
+    try:
+        with run.evaluation_weights():
+            run.network.set_multiplier(1.0)
+            yield
+    finally:
+        generators.load_state_dict(before)

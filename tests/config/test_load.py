@@ -206,6 +206,33 @@ def test_every_option_of_the_specification_is_known():
         assert name in train, name
 
 
+# What the specification says of an option that is not given; the rest is off or not given
+SPECIFIED_DEFAULTS = {
+    **{"mixed_precision": "bf16", "attn_mode": "torch", "blocks_to_swap": 0, "latent_sampling": "sample"},
+    **{"caption_variants": 8, "on_bad_image": "error", "network_module": "lora", "network_dim": 4},
+    **{
+        "network_alpha": 1,
+        "network_train_unet_only": True,
+        "timestep_sampling": "sigma",
+        "sigmoid_scale": 1.0,
+    },
+    **{"discrete_flow_shift": 5.0, "model_prediction_type": "raw", "weighting_scheme": "uniform"},
+    **{"logit_mean": 0, "logit_std": 1, "mode_scale": 1.29, "min_timestep": 0, "max_timestep": 1000},
+    **{"loss_type": "l2", "huber_schedule": "constant", "huber_c": 0.1, "huber_scale": 1.0},
+    **{"prior_loss_weight": 1.0, "save_model_as": "safetensors", "save_format": "both", "on_nan": "stop"},
+    **{"num_processes": 1, "ip_noise_gamma_random_strength": False, "masked_loss": False},
+    **dict.fromkeys(("fp8_scaled", "fp8_vl", "text_encoder_cpu", "cpu_offload_checkpointing"), False),
+    **dict.fromkeys(("gradient_checkpointing", "torch_compile", "split_attn", "no_metadata"), False),
+    **dict.fromkeys(("ip_noise_gamma", "scale_weight_norms", "ema_decay", "vae_chunk_size", "seed")),
+    **{"network_dropout": 0, "disable_mmap_load_safetensors": False, "resume_force": False},
+}
+
+
+def test_defaults_are_those_of_the_specification():
+    defaults = {opt.name: opt.default for opt in all_options(commands.TrainConfig)}
+    assert {name: defaults[name] for name in SPECIFIED_DEFAULTS} == SPECIFIED_DEFAULTS
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [

@@ -51,17 +51,61 @@ def lines(folder):
     return [x for x in every if "loss" in x], [x for x in every if "validation_loss" in x]
 
 
-def test_validating_and_sampling_change_no_bit_of_the_training(train, prompts):
-    held_back = ["--validation_split", "0.4"]
-    plain, _ = train(*held_back, "--max_validation_steps", "1", "--validate_every_n_epochs", "99")
+NOISY_LOSS = """
+import random
+import numpy as np
+import torch
+from hyimg.hookspecs import hookimpl
+
+def noisy(prediction, target, context):
+    drawn = torch.rand(()) + random.random() + np.random.rand()
+    return drawn * (prediction - target).square().mean((1, 2, 3))
+
+@hookimpl
+def hyimg_losses():
+    return {"noisy": noisy}
+"""
+
+
+@pytest.fixture
+def noisy(tmp_path):
+    """The options of a loss that draws from the global generators."""
+    (tmp_path / "noisy.py").write_text(NOISY_LOSS, encoding="utf-8")
+    return ["--plugin", tmp_path / "noisy.py", "--loss_type", "noisy"]
+
+
+def test_validating_and_sampling_change_no_bit_of_the_training(train, prompts, noisy):
+    """With everything that has a place of its own in memory or randomness."""
+    options = ["--validation_split", "0.4", *noisy]
+    options += ["--blocks_to_swap", "1", "--gradient_checkpointing", "--ema_decay", "0.5"]
+    options += ["--network_dropout", "0.2", "--network_args", "module_dropout=0.2"]
+    plain, _ = train(*options, "--max_validation_steps", "1", "--validate_every_n_epochs", "99")
     watched, _ = train(
-        *held_back,
+        *options,
         *("--validate_every_n_steps", "1", "--sample_prompts", prompts, "--vae", "{vae}"),
         *("--sample_every_n_steps", "1", "--sample_at_first"),
     )
     assert lines(watched)[0] == lines(plain)[0]
     first, second = load_file(plain / "lora.safetensors"), load_file(watched / "lora.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("options", [["--ema_decay", "0.9"], ["--optimizer_type", "AdamWScheduleFree"]])
+def test_the_weights_that_are_saved_are_those_validated_and_sampled(train, prompts, options):
+    common = ["--validation_split", "0.4", "--sample_prompts", prompts, "--vae", "{vae}"]
+    folder, _ = train(*common, *options)
+    start = ["--network_weights", folder / "lora.safetensors", "--sample_at_first"]
+    again, _ = train(*common, *start, "--max_train_epochs", "1")
+    (*_, last), (first, *_) = lines(folder)[1], lines(again)[1]
+    assert (last["epoch"], first["epoch"]) == (2, 0)
+    assert {**last, "step": 0, "epoch": 0} == first
+    for number in (1, 2):
+        names = (
+            folder / f"sample/lora-000002-0{number}.png",
+            again / f"sample/lora-step00000000-0{number}.png",
+        )
+        ours, saved = (Image.open(name).tobytes() for name in names)
+        assert ours == saved
 
 
 def test_held_back_images_are_asked_and_never_trained(train):
@@ -81,13 +125,27 @@ def test_held_back_images_are_asked_and_never_trained(train):
         assert first[name] == pytest.approx(sum(by_band) / len(by_band))
 
 
-def test_the_same_is_asked_at_every_validation_and_in_every_run(train):
+@pytest.mark.parametrize("draws", [False, True], ids=["l2", "a loss that draws"])
+def test_the_same_is_asked_at_every_validation_and_in_every_run(train, noisy, draws):
     still = ["--validation_split", "0.4", "--learning_rate", "1e-30", "--validate_every_n_steps", "1"]
+    still += noisy if draws else []
     _, first = lines(train(*still)[0])
     values = [{k: v for k, v in line.items() if k.startswith("validation")} for line in first]
     assert all(line == values[0] for line in values), "a model that stands still is measured the same"
     _, other = lines(train(*still, "--timestep_sampling", "uniform", "--ip_noise_gamma", "0.3")[0])
     assert {k: v for k, v in other[0].items() if k.startswith("validation")} == values[0]
+
+
+def test_no_more_batches_are_asked_than_the_option_says(train):
+    def first(*options):
+        _, validations = lines(train("--validation_split", "0.4", "--max_train_epochs", "1", *options)[0])
+        return validations[0]
+
+    # two held-back images of two shapes, and two training images of two
+    whole, two, one = first(), *(first("--max_validation_steps", n) for n in ("2", "1"))
+    assert two == whole
+    for name in ("validation_loss", "validation_train_loss"):
+        assert one[name] != whole[name]
 
 
 def test_the_range_of_timesteps_is_that_of_the_training(train):

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hyimg.model.safetensors_file import read_header
+from hyimg.cache import identity
+from hyimg.model.safetensors_file import Checkpoint, read_header
 from hyimg.training.step_metrics import COST_FIELDS
 
 
@@ -126,13 +127,25 @@ def test_accumulation_is_the_mean_over_the_steps_images(train):
     assert [line["step"] for line in whole] == [1, 2]
 
 
-def test_a_warm_start_reads_no_image_no_encoder_and_no_vae(train, own_dataset, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("an image was opened")
+def test_a_warm_start_reads_no_image_no_encoder_and_no_vae(train, own_dataset, model, monkeypatch):
+    weights_read = set()
 
-    train("--max_train_steps", "1", dataset=own_dataset)  # the copied files are measured once
+    def refuse(*args, **kwargs):
+        raise AssertionError("an image was opened, or a model's file hashed")
+
+    def listen(checkpoint, *args):
+        weights_read.add(checkpoint.path)
+        return read(checkpoint, *args)
+
+    files = ["--vae", model.vae, "--text_encoder", model.text_encoder, "--byt5", model.byt5]
+    options = [*files, "--cache_latents", "--cache_text_encoder_outputs"]
+    train(*options, dataset=own_dataset)  # the copied files are measured once
+    read = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", listen)
     monkeypatch.setattr(Image, "open", refuse)
-    train("--max_train_steps", "1", dataset=own_dataset)
+    monkeypatch.setattr(identity, "_read_hash", refuse)
+    train(*options, dataset=own_dataset)
+    assert weights_read == {model.dit}
 
 
 def test_start_weights_are_where_training_starts(trained, train):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,46 @@ def command(model, dataset):
     return write
 
 
+# Writes down which entries each process reads from the caches or writes into them, a line each
+LISTENING = """
+import os
+from pathlib import Path
+from hyimg.cache.latents import LatentStore
+from hyimg.cache.text import TextStore
+
+def listen(store, name):
+    act = getattr(store, name)
+    def listening(self, what, *rest):
+        with open(f"{__file__}.{name}.{os.environ['RANK']}", "a") as file:
+            file.write(f"{store.kind} {what!r}\\n")
+        return act(self, what, *rest)
+    setattr(store, name, listening)
+
+if "RANK" in os.environ and not hasattr(LatentStore, "is_heard"):  # a plugin may be loaded by several stages
+    LatentStore.is_heard = True
+    for store in (LatentStore, TextStore):
+        for name in ("read", "write"):
+            listen(store, name)
+"""
+
+
+@pytest.fixture
+def listening(tmp_path) -> Path:
+    """A plugin for `heard`."""
+    path = tmp_path / "listening.py"
+    path.write_text(LISTENING, encoding="utf-8")
+    return path
+
+
+def heard(listening: Path, name: str) -> list[Counter[str]]:
+    """What each of the two processes has done ("read" or "write"), and how often."""
+    return [Counter(Path(f"{listening}.{name}.{rank}").read_text().splitlines()) for rank in (0, 1)]
+
+
+def of_kind(counts: Counter[str], kind: str) -> int:
+    return sum(count for what, count in counts.items() if what.startswith(kind))
+
+
 def start(launcher: str, arguments: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     more = ["--num_processes", "2"] if launcher == "num_processes" else []
@@ -153,16 +194,21 @@ def assert_same_run(folder: Path, expected: Path, *, tolerance: float) -> float:
     ["num_processes", *(pytest.param(name, marks=pytest.mark.long) for name in ("torchrun", "accelerate"))],
 )
 def test_two_processes_do_what_one_does_with_twice_the_accumulation(
-    hyimg, command, alone, tmp_path, launcher, capsys
+    hyimg, command, alone, tmp_path, launcher, listening, capsys
 ):
     folder = tmp_path / "two"
-    process = start(launcher, command(folder))
+    process = start(launcher, command(folder, "--plugin", listening))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     worst = assert_same_run(folder, alone, tolerance=1e-6)
     assert len(list(folder.glob("sample/*.png"))) == 3
     assert err.count("run: 6 steps") == 1, "one process speaks"
     assert err.count("validation loss") == 4
+    # an epoch is two batches and one, and each validation two held-back batches and two of the training's
+    reads = heard(listening, "read")
+    assert [of_kind(of_rank, "latent") for of_rank in reads] == [3 * 2 + 4 * 2, 3 * 1 + 4 * 2]
+    for number in range(3):
+        assert [of_rank[f"text 'prompt {number}'"] for of_rank in reads] == [1 - number % 2, number % 2]
     with capsys.disabled():
         print(f"\n{launcher}: weights, optimiser and average differ by {worst:g} at most")
 
@@ -175,6 +221,37 @@ def test_two_processes_do_what_one_does_with_twice_the_accumulation(
         torch.testing.assert_close(
             load_file(tmp_path / "on" / "lora.safetensors")[name], tensor, atol=1e-6, rtol=0
         )
+
+
+def entries(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.glob("hyimg-cache/*/*/*/*.safetensors")
+    }
+
+
+def test_two_processes_fill_the_caches_and_then_train_on_them(command, dataset, model, listening, tmp_path):
+    cold = tmp_path / "cold"
+    shutil.copytree(dataset.parent, cold, ignore=shutil.ignore_patterns("hyimg-cache"))
+    files = ["--text_encoder", model.text_encoder, "--byt5", model.byt5, "--text_encoder_batch_size", "1"]
+    fill = [
+        "--cache_latents",
+        "--cache_text_encoder_outputs",
+        *files,
+        "--dataset_config",
+        cold / dataset.name,
+    ]
+    short = ["--max_train_steps", "2", "--plugin", listening]
+    process = start("num_processes", command(tmp_path / "run", *fill, *short))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert entries(cold) == entries(dataset.parent)
+    writes = heard(listening, "write")
+    assert [of_kind(of_rank, "latent") for of_rank in writes] in ([3, 2], [2, 3])
+    assert max((writes[0] + writes[1]).values()) == 1, "nothing was made twice"
+    assert all(of_kind(of_rank, "text") for of_rank in writes)
+    assert err.count("latents: 5 made") == err.count("run: 2 steps") == 1
+    assert (tmp_path / "run" / "lora.safetensors").is_file()
 
 
 def lines_of(folder: Path) -> int:

@@ -231,20 +231,25 @@ def test_batches_of_the_epoch_that_are_done_are_not_loaded(train, stopped, spy):
     assert read_state(stopped / "lora-step00000002-state").document["batches_of_epoch"] == 2
 
 
-def test_every_image_is_seen_once_an_epoch_resumed_or_not(train, tmp_path, spy):
+def test_every_image_is_seen_as_often_as_its_repeats_say_resumed_or_not(train, make_dataset, tmp_path, spy):
     seen = []
 
     def listen(run):
         objective = run.objective
-        run.objective = lambda batch, epoch: (
-            seen.append((epoch, *batch.sample_keys)) or objective(batch, epoch)
-        )
+
+        def shown(batch, epoch):
+            seen.extend((epoch, *turn) for turn in zip(batch.sample_keys, batch.repeats, strict=True))
+            return objective(batch, epoch)
+
+        run.objective = shown
 
     spy.on_start = listen
-    options = {"output_dir": tmp_path / "run", "save_state_on_train_end": True}
-    train(**options, max_train_steps=3)
+    dataset = make_dataset("num_repeats = 3\nbatch_size = 2")
+    options = {"output_dir": tmp_path / "run", "save_state_on_train_end": True, "dataset_config": dataset}
+    train(**options, max_train_steps=4)
     train(**options, max_train_epochs=2, resume="latest")
-    assert len(seen) == len(set(seen)) == 8
+    assert len(seen) == len(set(seen)) == 2 * 4 * 3
+    assert {repeat for _, _, repeat in seen} == {0, 1, 2}
 
 
 def test_a_run_of_more_steps_goes_on_from_the_end_of_a_shorter_one(train, tmp_path):

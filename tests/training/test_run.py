@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from hyimg.errors import HyimgError
 from hyimg.flow.losses import LossContext, huber, smooth_l1
+from hyimg.memory import compilation
 from hyimg.model.architecture import DIT_TINY
 from hyimg.plugins import load_plugins
 from hyimg.training.optimizers import resolve_optimizer
@@ -100,6 +102,21 @@ def test_gradient_checkpointing_runs_every_block_twice(train, spy):
         assert list(calls.values()) == [times] * (DIT_TINY.num_double + DIT_TINY.num_single)
 
 
+def test_torch_compile_compiles_both_halves_of_every_block(train, monkeypatch):
+    calls = Counter()
+
+    def counting(half, **options):
+        def run(*arguments):
+            calls.update([half])
+            return half(*arguments)
+
+        return run
+
+    monkeypatch.setattr(compilation.torch, "compile", counting)
+    train(torch_compile=True)
+    assert list(calls.values()) == [1] * 2 * (DIT_TINY.num_double + DIT_TINY.num_single)
+
+
 def first_batch(run):
     return next(run.loader.load(run.schedule.epoch_batches(1), epoch=1))
 
@@ -134,6 +151,23 @@ def test_train_batch_size_is_for_datasets_that_give_none(train, make_dataset):
     own = make_dataset("batch_size = 1")
     run = train(train_batch_size=3, dataset_config=own)
     assert run.schedule.batches_per_epoch == 4
+
+
+def test_regularisation_images_have_the_weight_that_is_given(train, make_dataset):
+    dataset = make_dataset()
+    # the same pictures and captions, so that they are cached
+    shutil.copytree(dataset.parent / "images", dataset.parent / "class")
+    with dataset.open("a", encoding="utf-8") as file:
+        file.write("[[datasets.subsets]]\nimage_dir = 'class'\nis_reg = true\n")
+    run = train(dataset_config=dataset, prior_loss_weight=0.25)
+    batches = run.loader.load(run.schedule.epoch_batches(1), epoch=1)
+    assert sorted(float(batch.weights_B) for batch in batches) == [0.25] * 4 + [1.0] * 4
+
+
+def test_a_masked_loss_without_a_mask_is_warned_of(train, report):
+    train(masked_loss=True)
+    (warning,) = report.warnings
+    assert "`--masked_loss` has no effect" in warning
 
 
 def test_a_cache_of_another_vae_or_other_encoders_is_not_taken(train, models):
