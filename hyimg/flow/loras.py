@@ -63,9 +63,11 @@ class LoRAUse:
 
 
 def plan_loras(options: LoRAFiles, arch: DiTArch) -> list[LoRAUse]:
-    """The LoRA files of a command, checked from their headers, and hashed.
+    """The LoRA files of a command, checked and hashed.
 
-    Raises HyimgError for counts that differ, an invalid pattern, and files and patterns that leave nothing to apply.
+    All of a file is read, so that a NaN is told before the text encoders and the DiT take their time. Raises HyimgError
+    for counts that differ, an invalid pattern, files and patterns that leave nothing to apply, and as
+    `LoRANetwork.read`.
     """
     paths = options.lora_weight
     multipliers = lora_multipliers(paths, options.lora_multiplier)
@@ -78,6 +80,8 @@ def plan_loras(options: LoRAFiles, arch: DiTArch) -> list[LoRAUse]:
     ]
     for use in uses:
         _require_some(use)
+    for path in dict.fromkeys(paths):
+        LoRANetwork.read(path, arch)
     hashes = {path: file_identity(path) for path in dict.fromkeys(paths)}
     return [replace(use, sha256=hashes[use.path]) for use in uses]
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hyimg.cache.atomic import require_writable_folder
 from hyimg.cache.index import Index
+from hyimg.cache.lock import sole_process
 from hyimg.config.commands import SampleConfig
 from hyimg.config.rendering import LoRAFiles
 from hyimg.data.plan import text_store_for_training
@@ -41,6 +42,7 @@ from hyimg.report import Reporter, count_text
 from hyimg.training.checkpoints import run_checkpoints
 
 SHEET_NAME = "sheet.png"
+LOCK_NAME = ".sheet.lock"
 
 
 def sample(config: SampleConfig, report: Reporter) -> Path:
@@ -57,8 +59,27 @@ def sample(config: SampleConfig, report: Reporter) -> Path:
     plan = _plan(config, prompts, report)
     columns = columns_of(plan.loras, with_base=not sheet.no_base)
     require_writable_folder(sheet.output_dir)
-    plan = with_kept_seeds(plan, prompts, columns, sheet.output_dir, vae_arch)
-    cells = cells_of(plan, columns, sheet.output_dir)
+    busy = HyimgError(
+        f"another process is rendering into `{sheet.output_dir}`",
+        hint="wait for it, or choose another `--output_dir`",
+    )
+    with sole_process(sheet.output_dir / LOCK_NAME, busy):
+        return _make_sheet(config, plan, prompts, columns, vae_arch, report)
+
+
+def _make_sheet(
+    config: SampleConfig,
+    plan: RenderPlan,
+    prompts: Sequence[PromptSpec],
+    columns: Sequence[Column],
+    vae_arch: VAEArch,
+    report: Reporter,
+) -> Path:
+    """Renders what is missing in the folder, and then the sheet."""
+    folder = config.sheet.output_dir
+    assert folder is not None
+    plan = with_kept_seeds(plan, prompts, columns, folder, vae_arch)
+    cells = cells_of(plan, columns, folder)
     todo = _to_make(cells, report)
     to_render = [cell for cell in todo if not cell.is_rendered(vae_arch)]
     if to_render:
@@ -68,7 +89,7 @@ def sample(config: SampleConfig, report: Reporter) -> Path:
         free_memory(plan.device)
     if todo:
         _decode(config, todo, vae_arch, report)
-    sheet_path = sheet.output_dir / SHEET_NAME
+    sheet_path = folder / SHEET_NAME
     if not _write_sheet(cells, columns, sheet_path):
         report.warning("no installed font has Chinese, Japanese and Korean glyphs: labels show boxes")
     report.note(f"saved {count_text(len(todo), 'image')} and {sheet_path}")
