@@ -139,12 +139,9 @@ def check_inputs(config: Any) -> None:
 
 def require_no_input(config: Any, output: Path, label: str) -> None:
     """Raises HyimgError, naming the option `label`, where a file to write would replace one that is read."""
-    if not output.exists():
-        return
     for option, path in _inputs(config):
-        if output.samefile(path) or (path.is_dir() and output.resolve().parent == path.resolve()):
-            of = "" if output.samefile(path) else "a file of "
-            raise HyimgError(f"{label} `{output}` is {of}the {option} itself", hint="name another file")
+        if output.exists() and output.samefile(path):
+            raise HyimgError(f"{label} `{output}` is the {option} itself", hint="name another file")
 
 
 def _inputs(config: Any) -> Iterator[tuple[str, Path]]:

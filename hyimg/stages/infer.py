@@ -181,6 +181,11 @@ def _merged_path(config: InferConfig, plan: RenderPlan) -> Path | None:
     require_file_name(path)
     require_writable_folder(path.parent)
     require_no_input(config, path, "`--save_merged_model`")
+    if path.resolve().parent == plan.dit.resolve():
+        raise HyimgError(
+            f"`--save_merged_model` `{path}` is in the folder of the `--dit`, which holds one model",
+            hint="name another folder",
+        )
     if path.exists() and not config.output.overwrite:
         raise HyimgError(f"`{path}` exists", hint="name another `--save_merged_model`, or give `--overwrite`")
     return path

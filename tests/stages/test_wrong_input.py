@@ -186,7 +186,10 @@ def test_what_is_read_is_not_written_over(refused, tmp_path, trained, model):
     refused(*infer, *latent, lora, words=["`--save_path`", "lora.safetensors` is the `--lora_weight` itself"])
     refused(*infer, *merged, lora, words=["`--save_merged_model`", "is the `--lora_weight` itself"])
     refused(*infer, *merged, vae, words=["is the `--vae` itself"])
-    refused(*infer, *merged, shards / "model.safetensors", words=["is a file of the `--dit` itself"])
+    for name in ("model.safetensors", "merged.safetensors"):
+        refused(
+            *infer, *merged, shards / name, words=["is in the folder of the `--dit`, which holds one model"]
+        )
     refused(*infer, *merged, tmp_path / "x.safetensors", words=["`--save_path` are both"])
 
 
