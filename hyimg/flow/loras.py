@@ -63,11 +63,9 @@ class LoRAUse:
 
 
 def plan_loras(options: LoRAFiles, arch: DiTArch) -> list[LoRAUse]:
-    """The LoRA files of a command, checked and hashed.
+    """The LoRA files of a command, checked from their headers, and hashed.
 
-    All of a file is read, so that a NaN is told before the text encoders and the DiT take their time. Raises HyimgError
-    for counts that differ, an invalid pattern, files and patterns that leave nothing to apply, and as
-    `LoRANetwork.read`.
+    Raises HyimgError for counts that differ, an invalid pattern, and files and patterns that leave nothing to apply.
     """
     paths = options.lora_weight
     multipliers = lora_multipliers(paths, options.lora_multiplier)
@@ -80,10 +78,17 @@ def plan_loras(options: LoRAFiles, arch: DiTArch) -> list[LoRAUse]:
     ]
     for use in uses:
         _require_some(use)
-    for path in dict.fromkeys(paths):
-        LoRANetwork.read(path, arch)
     hashes = {path: file_identity(path) for path in dict.fromkeys(paths)}
     return [replace(use, sha256=hashes[use.path]) for use in uses]
+
+
+def check_values(loras: Sequence[LoRAUse], arch: DiTArch) -> None:
+    """Reads LoRA files for what their headers do not tell, before the text encoders and the DiT take their time.
+
+    Raises HyimgError as `LoRANetwork.read`: for a NaN above all.
+    """
+    for path in dict.fromkeys(lora.path for lora in loras):
+        LoRANetwork.read(path, arch)
 
 
 def merging(placement: Placement, loras: Sequence[LoRAUse], arch: DiTArch, report: Reporter) -> Placement:

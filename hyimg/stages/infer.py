@@ -17,6 +17,7 @@ from hyimg.encoders.text import TextEncoders
 from hyimg.errors import HyimgError
 from hyimg.flow.interactive import Session, prompt_lines
 from hyimg.flow.latents import Rendered, read_latent, write_latent
+from hyimg.flow.loras import check_values
 from hyimg.flow.pictures import decode_image, save_png
 from hyimg.flow.plan import (
     RenderPlan,
@@ -57,6 +58,7 @@ def infer(config: InferConfig, report: Reporter) -> list[Path]:
     renders = _has_prompts(config)
     _check_required(config, renders)
     plan = _plan(config, report)
+    check_values(plan.loras, plan.arch)
     if config.prompt.from_image is not None:
         check_repetition(config.prompt.from_image, plan, report)
     merged_path = _merged_path(config, plan)

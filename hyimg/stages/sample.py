@@ -23,6 +23,7 @@ from hyimg.data.sheet import MAX_TILE, can_write, contact_sheet
 from hyimg.errors import HyimgError
 from hyimg.flow.cells import LATENT_FOLDER, Cell, Column, cells_of, columns_of, with_kept_seeds
 from hyimg.flow.latents import Rendered, read_latent, write_latent
+from hyimg.flow.loras import check_values
 from hyimg.flow.pictures import decode_image, save_png
 from hyimg.flow.plan import (
     RenderPlan,
@@ -83,6 +84,7 @@ def _make_sheet(
     todo = _to_make(cells, report)
     to_render = [cell for cell in todo if not cell.is_rendered(vae_arch)]
     if to_render:
+        check_values([lora for cell in to_render for lora in cell.column.loras], plan.arch)
         states = _states(config, prompts_to_encode([cell.spec for cell in to_render]), report)
         with explained(plan.changes_for_memory):
             _render(plan, columns, to_render, states, report)

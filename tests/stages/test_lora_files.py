@@ -155,6 +155,7 @@ def test_wrong_merges_leave_everything_as_it_was(hyimg, files, tmp_path, golden)
         ([one, "-o", out], "nothing to merge"),
         ([one, two, "--weights", "1", "2", "3", "-o", out], "3 values of `--weights` for 2 LoRA files"),
         ([one, two, "-o", there], "exists"),
+        ([one, two, "--weights", "1e300", "1", "-o", out], "which F32 does not hold"),
         ([one, two, "-o", one, "--overwrite"], "is the source file itself"),
         ([one, two], "`--output` is required"),
         (["-o", out], "`LORAS` is required"),
