@@ -32,13 +32,18 @@ _TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX)
 _MAX_NAME_BYTES = 255
 
 
+class FileIsThereError(HyimgError):
+    """Another file has the name that a new one was to get."""
+
+
 @contextlib.contextmanager
-def atomic_path(dst: Path | str, *, durable: bool = True) -> Iterator[Path]:
+def atomic_path(dst: Path | str, *, durable: bool = True, replace: bool = True) -> Iterator[Path]:
     """A temporary path to write; on leaving, it is flushed and becomes `dst`. On failure it is removed.
 
     Missing parent folders are made, and a symbolic link is followed, so that its target is what changes.
     `durable=False` leaves out the flush to the disk, for files that a checksum guards and that cost little to
-    make again (after a power cut they may be cut short).
+    make again (after a power cut they may be cut short). `replace=False` leaves a file that is there as it is, whoever
+    made it and when, and raises `FileIsThereError`.
 
     Raises `HyimgError` where the folder cannot be written or something that is no file is in the place (a
     folder, a device, a pipe), `RunError` where the disk is full.
@@ -50,7 +55,10 @@ def atomic_path(dst: Path | str, *, durable: bool = True) -> Iterator[Path]:
         yield temporary
         if durable:
             _flush(temporary)
-        os.replace(temporary, dst)
+        if replace:
+            os.replace(temporary, dst)
+        else:
+            _place(temporary, dst)
         if durable:
             flush_folder(dst.parent)
     except OSError as error:
@@ -71,9 +79,9 @@ def temporary_of(name: str) -> str | None:
     return found[1] if found is not None else None
 
 
-def atomic_write_bytes(dst: Path | str, data: bytes, *, durable: bool = True) -> None:
+def atomic_write_bytes(dst: Path | str, data: bytes, *, durable: bool = True, replace: bool = True) -> None:
     """Writes `data` as the whole file `dst`; raises as `atomic_path`."""
-    with atomic_path(dst, durable=durable) as temporary:
+    with atomic_path(dst, durable=durable, replace=replace) as temporary:
         temporary.write_bytes(data)
 
 
@@ -112,6 +120,11 @@ def require_writable_folder(folder: Path | str) -> Path:
     return folder
 
 
+def require_file_name(path: Path | str) -> None:
+    """Raises `HyimgError` where no file can be: something else is in the place, or the name is too long."""
+    _destination(Path(path))
+
+
 def _first_folder(path: Path) -> Path:
     """`path`, or the nearest folder above it that is there. Raises OSError where nothing can be made in it."""
     if any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in path.parts):
@@ -142,6 +155,16 @@ def _destination(dst: Path) -> Path:
     if not stat.S_ISREG(mode):
         raise HyimgError(f"cannot write `{dst}`: it is a device or a pipe", hint="give the name of a file")
     return target
+
+
+def _place(temporary: Path, dst: Path) -> None:
+    """Gives a finished file its name, which none may have."""
+    try:
+        os.link(temporary, dst)
+    except OSError as error:
+        if os.path.lexists(dst):
+            raise FileIsThereError(f"`{dst}` exists", hint="choose another name") from error
+        os.replace(temporary, dst)  # a file system without hard links
 
 
 def _flush(path: Path) -> None:

@@ -74,12 +74,27 @@ def _take_negations(args: list[str], options: list[TyperOption]) -> tuple[list[s
 
 
 def _take_named_argument(args: list[str], names: list[str]) -> list[str]:
-    """Where a command has one positional argument, `--NAME value` is it too, as other commands spell it."""
+    """Where a command has one positional argument, `--NAME value` is it too, as other commands spell it.
+
+    It is put first, so that it is none of the values of the option before it.
+    """
     if len(names) != 1:
         return args
     flag = _normal(f"--{names[0]}")
-    bare = [word.partition("=")[2] if _normal(word).startswith(f"{flag}=") else word for word in args]
-    return [word for word in bare if _normal(word) != flag]
+    taken: list[str] = []
+    others: list[str] = []
+    follows = False
+    for word in args:
+        name, equals, value = word.partition("=")
+        if follows:
+            taken.append(word)
+            follows = False
+        elif _normal(name) == flag:
+            taken += [value] * bool(equals)
+            follows = not equals
+        else:
+            others.append(word)
+    return taken + others
 
 
 def _normal(flag: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -131,15 +131,25 @@ def secrets_of(config: Any) -> list[str]:
 
 def check_inputs(config: Any) -> None:
     """Raises one HyimgError that names every option whose file or folder is not there."""
-    values = flatten(config)
-    missing = []
-    for opt in all_options(type(config)):
-        if opt.traits.is_input and values[opt.name] is not None:
-            paths = values[opt.name] if opt.many else (values[opt.name],)
-            found = [(path, _input_problem(path)) for path in paths]
-            missing += [f"{opt.label}: {text}" for path, text in found if text is not None]
+    found = [(label, _input_problem(path)) for label, path in _inputs(config)]
+    missing = [f"{label}: {text}" for label, text in found if text is not None]
     if missing:
         raise _all_problems(missing)
+
+
+def require_no_input(config: Any, output: Path, label: str) -> None:
+    """Raises HyimgError, naming the option `label`, where a file to write would replace one that is read."""
+    for option, path in _inputs(config):
+        if output.exists() and output.samefile(path):
+            raise HyimgError(f"{label} `{output}` is the {option} itself", hint="name another file")
+
+
+def _inputs(config: Any) -> Iterator[tuple[str, Path]]:
+    """What a config reads, each file or folder with its option."""
+    values = flatten(config)
+    for opt in all_options(type(config)):
+        if opt.traits.is_input and values[opt.name] is not None:
+            yield from ((opt.label, path) for path in (values[opt.name] if opt.many else (values[opt.name],)))
 
 
 def _input_problem(path: Path) -> str | None:

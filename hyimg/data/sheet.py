@@ -46,7 +46,8 @@ def contact_sheet(
     sheet, draw = _blank(width, _LINE + sum(heights) + (_LINE + _PADDING) * len(rows) + _PADDING)
     x = _PADDING
     for label, column_width in zip(column_labels, widths, strict=True):
-        _label(draw, (x, _PADDING // 2), label, column_width)
+        # checkpoints of a run differ in the ends of their names
+        _label(draw, (x, _PADDING // 2), label, column_width, keep_end=True)
         x += column_width + _PADDING
     y = _LINE
     for label, height, row in zip(row_labels, heights, tiles, strict=True):
@@ -118,12 +119,16 @@ def _scaled(image: Image.Image, longest: int) -> Image.Image:
     return tile
 
 
-def _label(draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str, width: int) -> None:
+def _label(
+    draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str, width: int, *, keep_end: bool = False
+) -> None:
     text = text.encode("utf-8", "replace").decode()  # a file's name need not be UTF-8
     text = " ".join(text.split())  # Pillow measures and draws single lines only
     font = label_font(text)
-    if draw.textlength(text, font=font) > width:
-        while text and draw.textlength(text + "…", font=font) > width:
-            text = text[:-1]
-        text += "…"
+    whole = text
+    length = len(whole)
+    while length and draw.textlength(text, font=font) > width:
+        length -= 1
+        end = length // 2 if keep_end else 0
+        text = f"{whole[: length - end]}…{whole[len(whole) - end :]}"
     draw.text(position, text, fill="black", font=font)

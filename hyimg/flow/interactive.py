@@ -17,7 +17,7 @@ from hyimg.flow.pictures import decode_image, save_png
 from hyimg.flow.plan import RenderPlan, encode_states, encoder_changes, load_decoder
 from hyimg.flow.prompts import parse_prompt_line
 from hyimg.flow.renderer import PromptStates, prompts_to_encode
-from hyimg.flow.result_files import LATENT, PNG, result_files
+from hyimg.flow.result_files import LATENT, PNG, result_files, write_result
 from hyimg.memory.out_of_memory import Changes, explained, vae_changes
 from hyimg.report import OnceReporter, Reporter
 
@@ -74,15 +74,17 @@ class Session:
         ):
             latent_BCHW = renderer.render(spec, lambda step, x, denoised: task.advance())
         settings = None if output.no_metadata else self.plan.settings(spec, self.plan.loras)
+        written = []
         if LATENT in files:
-            write_latent(Rendered(latent_BCHW, settings), files[LATENT])
+            write = partial(write_latent, Rendered(latent_BCHW, settings))
+            written.append(write_result(output, files, LATENT, write))
         if PNG in files:
             with explained(self._vae_changes):
                 image = decode_image(self.vae, latent_BCHW)
-            save_png(image, files[PNG], settings)
-        for path in files.values():
+            written.append(write_result(output, files, PNG, partial(save_png, image, settings=settings)))
+        for path in written:
             self.report.note(f"saved {path}")
-        return list(files.values())
+        return written
 
     @property
     def _vae_changes(self) -> Changes:

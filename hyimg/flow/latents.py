@@ -28,11 +28,12 @@ class Rendered:
     settings: Mapping[str, object] | None
 
 
-def write_latent(rendered: Rendered, path: Path) -> None:
-    """Writes a latent, whole or not at all."""
+def write_latent(rendered: Rendered, path: Path, *, replace: bool = True) -> None:
+    """Writes a latent, whole or not at all; raises as `atomic_path`."""
     settings = rendered.settings
     metadata = None if settings is None else {METADATA_KEY: settings_text(settings)}
-    atomic_write_bytes(path, save({LATENT_KEY: rendered.latent_BCHW.contiguous()}, metadata=metadata))
+    data = save({LATENT_KEY: rendered.latent_BCHW.contiguous()}, metadata=metadata)
+    atomic_write_bytes(path, data, replace=replace)
 
 
 def read_latent(path: Path, vae: VAEArch) -> Rendered:

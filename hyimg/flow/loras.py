@@ -82,6 +82,15 @@ def plan_loras(options: LoRAFiles, arch: DiTArch) -> list[LoRAUse]:
     return [replace(use, sha256=hashes[use.path]) for use in uses]
 
 
+def check_values(loras: Sequence[LoRAUse], arch: DiTArch) -> None:
+    """Reads LoRA files for what their headers do not tell, before the text encoders and the DiT take their time.
+
+    Raises HyimgError as `LoRANetwork.read`: for a NaN above all.
+    """
+    for path in dict.fromkeys(lora.path for lora in loras):
+        LoRANetwork.read(path, arch)
+
+
 def merging(placement: Placement, loras: Sequence[LoRAUse], arch: DiTArch, report: Reporter) -> Placement:
     """The placement that merges LoRA files, in their order, before `placement`; that itself where there are none."""
     merges = []

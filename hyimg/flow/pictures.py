@@ -39,10 +39,15 @@ def decode_image(vae: VAE, latent_BCHW: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(levels_HWC.numpy()))
 
 
-def save_png(image: Image.Image, path: Path, settings: Mapping[str, object] | None) -> None:
-    """Writes a PNG, whole or not at all, with its settings in the text chunk `hyimg` (None: without)."""
+def save_png(
+    image: Image.Image, path: Path, settings: Mapping[str, object] | None, *, replace: bool = True
+) -> None:
+    """Writes a PNG, whole or not at all, with its settings in the text chunk `hyimg` (None: without).
+
+    Raises as `atomic_path`.
+    """
     info = PngImagePlugin.PngInfo()
     if settings is not None:
         info.add_itxt(METADATA_KEY, settings_text(settings))
-    with atomic_path(path) as temporary:
+    with atomic_path(path, replace=replace) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)

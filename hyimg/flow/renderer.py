@@ -26,7 +26,7 @@ from hyimg.model.conditioning import TextCondition, collate
 from hyimg.model.dit import DiT
 from hyimg.model.keys import linear_modules
 from hyimg.plugins import Plugins, bind_arguments, parse_arguments
-from hyimg.report import Reporter
+from hyimg.report import Reporter, count_text
 
 # (text_TD, byt5_SE or None) of a prompt, as the encoders or the text cache give it
 PromptStates = tuple[Tensor, Tensor | None]
@@ -131,7 +131,7 @@ def lora_multipliers(paths: Sequence[Path], multipliers: Sequence[float]) -> lis
     """A multiplier for each LoRA file: as given, one for all, or 1; raises HyimgError where the counts differ."""
     if len(multipliers) > 1 and len(multipliers) != len(paths):
         raise HyimgError(
-            f"{len(multipliers)} values of `--lora_multiplier` for {len(paths)} LoRA files",
+            f"{len(multipliers)} values of `--lora_multiplier` for {count_text(len(paths), 'LoRA file')}",
             hint="give one for each file, one for all, or none (1)",
         )
     if multipliers and not paths:

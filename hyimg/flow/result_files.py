@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hyimg.cache.atomic import require_writable_folder
+from hyimg.cache.atomic import FileIsThereError, require_file_name, require_writable_folder
 from hyimg.config.rendering import InferOutput
 from hyimg.errors import HyimgError
 
@@ -43,15 +44,33 @@ def result_files(output: InferOutput, count: int) -> list[ResultFiles]:
     require_writable_folder(save_path.parent)
     endings = [""] if count == 1 else [f"-{number:04}" for number in range(1, count + 1)]
     results = [{suffix: _beside(save_path, end, suffix) for suffix in suffixes} for end in endings]
+    for path in (path for files in results for path in files.values()):
+        require_file_name(path)
     there = [path for files in results for path in files.values() if path.exists()]
     if there and not output.overwrite:
         raise HyimgError(f"`{there[0]}` exists", hint="name another `--save_path`, or give `--overwrite`")
     return results
 
 
+def write_result(output: InferOutput, files: ResultFiles, suffix: str, write: Callable[..., None]) -> Path:
+    """Writes one of the files of a result, by `write(path, replace=...)`, and gives its path.
+
+    Where another run has taken the number in the folder meanwhile, `files` become those of the next one.
+    """
+    assert output.save_path is not None
+    while True:
+        try:
+            write(files[suffix], replace=not is_folder(output.save_path))
+        except FileIsThereError:
+            files.update(result_files(output, 1)[0])
+        else:
+            return files[suffix]
+
+
 def is_folder(save_path: Path) -> bool:
     """Whether `--save_path` is a folder: one that is there, or a name without the suffix of a picture or latent."""
-    return save_path.is_dir() or save_path.suffix.lower() not in (PNG, LATENT, *_OTHER_PICTURES)
+    # os.path's, which takes a name that is too long for one that is not there
+    return os.path.isdir(save_path) or save_path.suffix.lower() not in (PNG, LATENT, *_OTHER_PICTURES)
 
 
 def _numbers(folder: Path) -> Iterator[int]:

@@ -170,13 +170,13 @@ class LoRA(Adapter):
         return (up_OR @ down_RI) * self.scale
 
     @torch.no_grad()
-    def merged(self, weight_OI: Tensor, multiplier: float = 1.0) -> Tensor:
-        """The weight with which a Linear does what `weight_OI` and the adapter do together; float32."""
-        base_OI = weight_OI.float()
-        delta_OI = self.delta(base_OI.device)
+    def merged(self, weight_OI: Tensor, multiplier: float = 1.0, *, base_OI: Tensor | None = None) -> Tensor:
+        now_OI = weight_OI.float()
+        delta_OI = self.delta(now_OI.device)
         if self.magnitude is not None:
-            delta_OI = self.magnitude.delta(base_OI, delta_OI)
-        return base_OI + multiplier * delta_OI
+            base_OI = now_OI if base_OI is None else base_OI.float()
+            delta_OI = self.magnitude.delta(base_OI, delta_OI, now_OI)
+        return now_OI + multiplier * delta_OI
 
 
 def weight_only(in_features: int, out_features: int) -> nn.Linear:

@@ -119,8 +119,11 @@ class Adapter(nn.Module):
         return [("", list(self.parameters()))]
 
     @torch.no_grad()
-    def merged(self, weight_OI: Tensor, multiplier: float = 1.0) -> Tensor:
-        """The weight with which a Linear does what `weight_OI` and the adapter do together; float32."""
+    def merged(self, weight_OI: Tensor, multiplier: float = 1.0, *, base_OI: Tensor | None = None) -> Tensor:
+        """The weight with which a Linear does what `weight_OI` and the adapter do together; float32.
+
+        `base_OI` is the weight as it was before other adapters were merged into it, where any were.
+        """
         return weight_OI.float() + multiplier * self.delta().to(weight_OI.device)
 
     @torch.no_grad()

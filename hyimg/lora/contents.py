@@ -145,6 +145,10 @@ def _parse_keys(header: Header) -> tuple[list[Key], tuple[str, ...]]:
                 "floating-point numbers",
                 hint="save the LoRA in bf16, fp16 or fp32",
             )
+        if key and key.role == "alpha" and math.prod(info.shape) != 1:
+            raise HyimgError(
+                f"`{text}` in `{header.path}` has the shape {list(info.shape)}, and an alpha is one number"
+            )
         keys.append(key) if key else unknown.append(text)
     if not keys:
         raise (

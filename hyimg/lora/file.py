@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hyimg.cache.atomic import require_file_name
 from hyimg.errors import HyimgError, did_you_mean
 from hyimg.lora.compression import Compression
 from hyimg.lora.contents import PEFT_CONFIG, LoRAContents
@@ -173,6 +174,7 @@ def require_new_file(dst: Path, *, example: Path, overwrite: bool) -> None:
             f"`{dst}` does not end with `.safetensors`, which is what is written",
             hint=f"give a file name, say `{example.stem}-converted.safetensors`",
         )
+    require_file_name(dst)
     if dst.exists() and not overwrite:
         raise HyimgError(f"`{dst}` exists", hint="give another name, or `--overwrite`")
 
@@ -240,7 +242,9 @@ def read_lora(
     for output in rewrite([(contents, 1.0)], FORMATS["kohya"], plain=not lycoris):
         raw = bytearray().join(bytes(chunk) for chunk in output.chunks())
         dtype: torch.dtype = getattr(torch, DTYPES[output.dtype][1])
-        state[output.name] = torch.frombuffer(raw, dtype=dtype).reshape(output.shape)
+        # some tools write an alpha as a list of one number
+        shape = () if output.name.endswith(".alpha") else output.shape
+        state[output.name] = torch.frombuffer(raw, dtype=dtype).reshape(shape)
     for name in [name for name in state if name.endswith(".dora_scale")]:
         state[name] = _row_magnitude(contents.path, name, state)
     return state

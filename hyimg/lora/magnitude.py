@@ -87,9 +87,13 @@ class Magnitude(nn.Module):
         return torch.clamp(adapted_O, min=MIN_NORM**2).sqrt()
 
     @torch.no_grad()
-    def delta(self, base_OI: Tensor, delta_OI: Tensor) -> Tensor:
-        """W' - W in float32, from W and D."""
+    def delta(self, base_OI: Tensor, delta_OI: Tensor, now_OI: Tensor) -> Tensor:
+        """What to add to a weight in float32, from W, D and the weight as it is now: W' - W where that is W.
+
+        Where others were merged into W before, rows are scaled as `forward` scales their outputs: m / |W + D|.
+        """
         adapted_OI = base_OI + delta_OI
         norm_O1: Tensor = torch.linalg.vector_norm(adapted_OI, dim=1, keepdim=True)
         norm_O1 = torch.clamp(norm_O1, min=MIN_NORM)
-        return adapted_OI * (self.dora_scale.to(base_OI.device).float() / norm_O1) - base_OI
+        ratio_O1 = self.dora_scale.to(base_OI.device).float() / norm_O1
+        return (now_OI + delta_OI) * ratio_O1 - now_OI

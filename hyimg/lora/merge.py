@@ -66,7 +66,7 @@ class MergingPlacement(Placement):
             tensor = unscale(tensor, scale, torch.float32)
         merged = tensor
         for lora, multiplier in self._merges[name]:
-            merged = lora.merged(merged, multiplier)
+            merged = lora.merged(merged, multiplier, base_OI=tensor)
         if self.inner.dtype is None:
             merged = merged.to(tensor.dtype)
         self.inner.put(model, name, merged)

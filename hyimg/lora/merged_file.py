@@ -93,9 +93,10 @@ class _Merged:
         """The rows of this part, in the type of the file."""
         tensors = [self.checkpoint.read(part) for part in self.parts]
         # a DoRA's rows, and a delta's, are those of the whole weight
-        merged_OI = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        base_OI = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        merged_OI = base_OI
         for lora, multiplier in self.merges:
-            merged_OI = lora.merged(merged_OI, multiplier)
+            merged_OI = lora.merged(merged_OI, multiplier, base_OI=base_OI)
         rows = torch.split(merged_OI, [len(tensor) for tensor in tensors])
         return rows[self.number].to(tensors[self.number].dtype)
 

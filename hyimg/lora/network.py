@@ -135,7 +135,8 @@ class LoRANetwork(nn.Module):
     def attach(self, dit: DiT) -> None:
         """Lets the adapters act on a DiT, after those that act already. Devices are the caller's business.
 
-        A DoRA takes the lengths of the DiT's rows, and scales what acted before it as if it were the base's.
+        A DoRA takes the lengths of the DiT's rows, and scales what acted before it as if it were the base's; so it does
+        where networks are merged.
         """
         for module, lora in self.adapters():
             linear = _linear(dit, module.name)

@@ -36,7 +36,7 @@ class Update:
     def is_finite(self) -> bool:
         """Whether all its numbers are: one NaN makes every image black."""
         halves = (self.down_RI, self.up_OR, torch.tensor(self.alpha))
-        return all(bool(half.isfinite().all()) for half in halves)
+        return all(bool(half.float().isfinite().all()) for half in halves)  # fp8 does not know whether it is
 
     def norm(self) -> float:
         """Frobenius norm of the update, from the halves' Gram matrices: the (O, I) product is never made."""

@@ -59,15 +59,25 @@ def read_values(header: Header, key: str, rows: tuple[int, int] | None = None) -
 
 
 def encode(values: Values, dtype: str) -> bytes:
-    """The bytes of `values` in a file's dtype, row-major, rounded to the nearest and ties to even."""
+    """The bytes of `values` in a file's dtype, row-major, rounded to the nearest and ties to even.
+
+    Raises `HyimgError` for a finite value that is too large for it.
+    """
     import numpy as np
 
+    with np.errstate(over="ignore"):
+        narrow = values.astype("<f4" if dtype == "BF16" else _NUMPY_DTYPES[dtype])
+    if np.isinf(narrow).any() and not np.isinf(values).any():
+        raise HyimgError(
+            f"the result has values up to {np.abs(values).max():.2g}, which {dtype} does not hold",
+            hint="give smaller `--weights`",
+        )
     if dtype == "BF16":
-        bits = values.astype("<f4").view("<u4")
+        bits = narrow.view("<u4")
         rounded = (bits + (((bits >> 16) & np.uint32(1)) + np.uint32(0x7FFF))) >> 16
         # the carry of a NaN's bits could run over into infinity or zero
         return np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2").tobytes()
-    return values.astype(_NUMPY_DTYPES[dtype]).tobytes()
+    return narrow.tobytes()
 
 
 def rounded(values: Values, dtype: str) -> Values:

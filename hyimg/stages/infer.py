@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from hyimg.cache.atomic import require_writable_folder
+from hyimg.cache.atomic import require_file_name, require_writable_folder
 from hyimg.config.commands import InferConfig
+from hyimg.config.load import require_no_input
 from hyimg.config.option import groups_of, options_of
 from hyimg.encoders.text import TextEncoders
 from hyimg.errors import HyimgError
 from hyimg.flow.interactive import Session, prompt_lines
 from hyimg.flow.latents import Rendered, read_latent, write_latent
+from hyimg.flow.loras import check_values
 from hyimg.flow.pictures import decode_image, save_png
 from hyimg.flow.plan import (
     RenderPlan,
@@ -29,7 +31,15 @@ from hyimg.flow.plan import (
 from hyimg.flow.prompts import PromptSpec, load_prompts
 from hyimg.flow.renderer import PromptStates, prompts_to_encode
 from hyimg.flow.repetition import check_repetition
-from hyimg.flow.result_files import LATENT, PNG, SUFFIXES, ResultFiles, is_folder, result_files
+from hyimg.flow.result_files import (
+    LATENT,
+    PNG,
+    SUFFIXES,
+    ResultFiles,
+    is_folder,
+    result_files,
+    write_result,
+)
 from hyimg.lora.merged_file import refuse_merging_into_fp8, save_merged
 from hyimg.memory.out_of_memory import explained, vae_changes
 from hyimg.model.loading import check_vae
@@ -48,6 +58,7 @@ def infer(config: InferConfig, report: Reporter) -> list[Path]:
     renders = _has_prompts(config)
     _check_required(config, renders)
     plan = _plan(config, report)
+    check_values(plan.loras, plan.arch)
     if config.prompt.from_image is not None:
         check_repetition(config.prompt.from_image, plan, report)
     merged_path = _merged_path(config, plan)
@@ -57,7 +68,11 @@ def infer(config: InferConfig, report: Reporter) -> list[Path]:
     assert config.vae.vae is not None
     check_vae(config.vae.vae)
     encoders = open_encoders(config.encoders, config.compute)
-    results = result_files(config.output, len(plan.specs))
+    results = _results(config, len(plan.specs))
+    if merged_path is not None and any(merged_path in files.values() for files in results):
+        raise HyimgError(
+            f"`--save_merged_model` and `--save_path` are both `{merged_path}`", hint="name another file"
+        )
     written = [] if merged_path is None else [_save_merged(plan, merged_path, report)]
     if config.prompt.interactive:
         return written + _interact(config, plan, encoders, report)
@@ -113,6 +128,15 @@ def _require_output(config: InferConfig) -> None:
         raise HyimgError(f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} required")
 
 
+def _results(config: InferConfig, count: int) -> list[ResultFiles]:
+    """Where results go; raises HyimgError where they would replace what is read."""
+    results = result_files(config.output, count)
+    for files in results:
+        for path in files.values():
+            require_no_input(config, path, "`--save_path`")
+    return results
+
+
 def _plan(config: InferConfig, report: Reporter) -> RenderPlan:
     assert config.dit.dit is not None
     return plan_renders(
@@ -156,9 +180,14 @@ def _merged_path(config: InferConfig, plan: RenderPlan) -> Path | None:
     )
     if path.suffix.lower() != LATENT:
         raise HyimgError(f"`--save_merged_model` `{path}` is not the name of a `.safetensors` file")
+    require_file_name(path)
     require_writable_folder(path.parent)
-    if path.exists() and path.samefile(plan.dit):
-        raise HyimgError(f"`--save_merged_model` `{path}` is the `--dit` itself", hint="name another file")
+    require_no_input(config, path, "`--save_merged_model`")
+    if path.resolve().parent == plan.dit.resolve():
+        raise HyimgError(
+            f"`--save_merged_model` `{path}` is in the folder of the `--dit`, which holds one model",
+            hint="name another folder",
+        )
     if path.exists() and not config.output.overwrite:
         raise HyimgError(f"`{path}` exists", hint="name another `--save_merged_model`, or give `--overwrite`")
     return path
@@ -218,15 +247,14 @@ def _write(
         rendered = [Rendered(one.latent_BCHW, None) for one in rendered]
     if LATENT in suffixes:
         for one, files in zip(rendered, results, strict=True):
-            write_latent(one, files[LATENT])
-            written.append(files[LATENT])
+            written.append(write_result(config.output, files, LATENT, partial(write_latent, one)))
     if PNG in suffixes:
         decoding = explained(partial(vae_changes, config.vae, picture="picture (`--image_size`)"))
         with decoding, report.task("decode", len(rendered), unit="image") as task:
             vae = load_decoder(config.vae, config.compute)
             for one, files in zip(rendered, results, strict=True):
-                save_png(decode_image(vae, one.latent_BCHW), files[PNG], one.settings)
-                written.append(files[PNG])
+                save = partial(save_png, decode_image(vae, one.latent_BCHW), settings=one.settings)
+                written.append(write_result(config.output, files, PNG, save))
                 task.advance()
     for path in written:
         report.note(f"saved {path}")
@@ -240,7 +268,7 @@ def _decode_latents(config: InferConfig, report: Reporter) -> list[Path]:
     assert config.vae.vae is not None
     vae_arch = check_vae(config.vae.vae)
     rendered = [read_latent(path, vae_arch) for path in config.output.latent_path]
-    return _write(config, rendered, result_files(config.output, len(rendered)), report)
+    return _write(config, rendered, _results(config, len(rendered)), report)
 
 
 def _check_latents_only(config: InferConfig) -> None:

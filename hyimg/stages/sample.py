@@ -15,6 +15,7 @@ from PIL import Image
 
 from hyimg.cache.atomic import require_writable_folder
 from hyimg.cache.index import Index
+from hyimg.cache.lock import sole_process
 from hyimg.config.commands import SampleConfig
 from hyimg.config.rendering import LoRAFiles
 from hyimg.data.plan import text_store_for_training
@@ -22,6 +23,7 @@ from hyimg.data.sheet import MAX_TILE, can_write, contact_sheet
 from hyimg.errors import HyimgError
 from hyimg.flow.cells import LATENT_FOLDER, Cell, Column, cells_of, columns_of, with_kept_seeds
 from hyimg.flow.latents import Rendered, read_latent, write_latent
+from hyimg.flow.loras import check_values
 from hyimg.flow.pictures import decode_image, save_png
 from hyimg.flow.plan import (
     RenderPlan,
@@ -41,6 +43,7 @@ from hyimg.report import Reporter, count_text
 from hyimg.training.checkpoints import run_checkpoints
 
 SHEET_NAME = "sheet.png"
+LOCK_NAME = ".sheet.lock"
 
 
 def sample(config: SampleConfig, report: Reporter) -> Path:
@@ -57,18 +60,38 @@ def sample(config: SampleConfig, report: Reporter) -> Path:
     plan = _plan(config, prompts, report)
     columns = columns_of(plan.loras, with_base=not sheet.no_base)
     require_writable_folder(sheet.output_dir)
-    plan = with_kept_seeds(plan, prompts, columns, sheet.output_dir, vae_arch)
-    cells = cells_of(plan, columns, sheet.output_dir)
+    busy = HyimgError(
+        f"another process is rendering into `{sheet.output_dir}`",
+        hint="wait for it, or choose another `--output_dir`",
+    )
+    with sole_process(sheet.output_dir / LOCK_NAME, busy):
+        return _make_sheet(config, plan, prompts, columns, vae_arch, report)
+
+
+def _make_sheet(
+    config: SampleConfig,
+    plan: RenderPlan,
+    prompts: Sequence[PromptSpec],
+    columns: Sequence[Column],
+    vae_arch: VAEArch,
+    report: Reporter,
+) -> Path:
+    """Renders what is missing in the folder, and then the sheet."""
+    folder = config.sheet.output_dir
+    assert folder is not None
+    plan = with_kept_seeds(plan, prompts, columns, folder, vae_arch)
+    cells = cells_of(plan, columns, folder)
     todo = _to_make(cells, report)
     to_render = [cell for cell in todo if not cell.is_rendered(vae_arch)]
     if to_render:
+        check_values([lora for cell in to_render for lora in cell.column.loras], plan.arch)
         states = _states(config, prompts_to_encode([cell.spec for cell in to_render]), report)
         with explained(plan.changes_for_memory):
             _render(plan, columns, to_render, states, report)
         free_memory(plan.device)
     if todo:
         _decode(config, todo, vae_arch, report)
-    sheet_path = sheet.output_dir / SHEET_NAME
+    sheet_path = folder / SHEET_NAME
     if not _write_sheet(cells, columns, sheet_path):
         report.warning("no installed font has Chinese, Japanese and Korean glyphs: labels show boxes")
     report.note(f"saved {count_text(len(todo), 'image')} and {sheet_path}")

@@ -16,7 +16,7 @@ from hyimg.errors import HyimgError
 from hyimg.lora.adapter import LoRA
 from hyimg.lora.base import Adapter
 from hyimg.lora.file import read_lora
-from hyimg.lora.formats import parse_key
+from hyimg.lora.formats import matching_formats, parse_key
 from hyimg.lora.network import LoRANetwork
 from hyimg.lora.network_args import NetworkArgs
 from hyimg.lora.plan import ModulePlan
@@ -147,5 +147,8 @@ class NetworkKind:
         """The tensors of `--network_weights` under the names that this kind saves."""
         if self.adapter is LoRA:
             return read_lora(path)
-        read_header(path)  # says what is wrong with a damaged file
-        return load_file(path)
+        header = read_header(path)  # says what is wrong with a damaged file
+        keys = [parse_key(name) for name in header.tensors]
+        if None in keys or "kohya" in matching_formats(key for key in keys if key is not None):
+            return load_file(path)
+        return read_lora(path, lycoris=True)

@@ -109,10 +109,10 @@ def prepare_network(config: TrainConfig, arch: DiTArch, plugins: Plugins, report
             "PEFT do as trained, and the reference tool leaves the lengths out"
         )
     if start is not None and (problem := kind.network(plan).misfit(start)):
+        way_out = "`--dim_from_weights`, or " if "dim_from_weights" in kind.adapter.honours else ""
         raise HyimgError(
             f"`{options.network_weights}` does not fit the network: {problem}",
-            hint="give `--dim_from_weights`, or the `--network_dim`, patterns and `--network_args` that it was "
-            "trained with",
+            hint=f"give {way_out}the `--network_dim`, patterns and `--network_args` that it was trained with",
         )
     _warn_of_scale(config, kind, plan, start, report)
     rates = DropoutRates(options.network_dropout, args.rank_dropout, args.module_dropout)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hyimg.cache.atomic import atomic_path, atomic_write_text, require_writable_folder
+from hyimg.cache import atomic
+from hyimg.cache.atomic import FileIsThereError, atomic_path, atomic_write_text, require_writable_folder
 from hyimg.errors import HyimgError, RunError
 
 
@@ -93,3 +94,20 @@ def test_every_failed_write_is_a_sentence(tmp_path: Path) -> None:
         atomic_write_text(tmp_path / "a", "\udcff")
     assert os.listdir(tmp_path) == []
     atomic_write_text(tmp_path / ("x" * 250), "as long as the file system takes")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_that_came_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    def no_link(*arguments: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(atomic.os, "link", no_link)
+    target = tmp_path / "a.txt"
+    atomic.atomic_write_bytes(target, b"first", replace=False)
+    with pytest.raises(FileIsThereError, match="exists"):
+        atomic.atomic_write_bytes(target, b"second", replace=False)
+    assert target.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["a.txt"]

@@ -65,6 +65,8 @@ def test_dashes_and_underscores_are_one_name(parse):
         "data.toml --plugin a.py b.py --cache_dir c",
         "--plugin a.py data.toml --cache_dir c --plugin b.py",
         "--cache_dir c --json --dataset_config data.toml --plugin a.py b.py",
+        "--plugin a.py b.py --dataset_config data.toml --cache_dir c",
+        "--plugin a.py b.py --dataset-config=data.toml",
     ],
 )
 def test_the_positional_argument_is_none_of_a_flags_values(parse, words):

@@ -29,3 +29,14 @@ def test_labels_of_several_lines_are_written_on_one() -> None:
     several = contact_sheet([[tile]], ["a cat\nand\t a dog"], ["one\ntwo"])
     one = contact_sheet([[tile]], ["a cat and a dog"], ["one two"])
     assert several.tobytes() == one.tobytes()
+
+
+def test_names_that_differ_in_their_ends_are_told_apart_on_narrow_columns() -> None:
+    tile = Image.new("RGB", (64, 64))
+    early, late, other = (
+        contact_sheet([[tile]], ["a cat"], [name])
+        for name in ("lora-step00000002", "lora-step00000004", "dog-step00000002")
+    )
+    assert early.tobytes() != late.tobytes()
+    assert early.tobytes() != other.tobytes()
+    assert early.size == late.size == other.size

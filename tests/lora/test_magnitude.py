@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hyimg.lora.file import convert, read_lora, save_lora
-from hyimg.lora.merge import merge_into
+from hyimg.lora.merge import MergingPlacement, merge_into
+from hyimg.lora.merged_file import save_merged
 from hyimg.lora.network import LoRANetwork
 from hyimg.lora.network_args import NetworkArgs
 from hyimg.lora.plan import plan_from_state, plan_network
@@ -19,6 +21,8 @@ from hyimg.memory.activations import enable_gradient_checkpointing
 from hyimg.model.dit import DiT
 from hyimg.model.keys import linear_modules
 from hyimg.model.layers import Linear
+from hyimg.model.loading import Placement, load_dit
+from hyimg.report import SilentReporter
 
 Inputs = tuple[Tensor, Tensor, Any]
 
@@ -60,6 +64,28 @@ def test_output_and_merged_weight_are_the_formulas(lora_dit: DiT, split: bool, m
     torch.testing.assert_close(linear(x).double(), expected, rtol=1e-5, atol=1e-5)
     merged_OI = lora.merged(linear.weight, multiplier)
     torch.testing.assert_close(merged_OI.double(), expected_OI, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dora_first", [True, False])
+def test_beside_another_lora_it_is_merged_as_it_acts(
+    lora_dit: DiT, inputs: Inputs, golden: Path, tmp_path: Path, dora_first: bool
+) -> None:
+    dora = _network(lora_dit)
+    dora.detach(lora_dit)
+    networks = [(LoRANetwork.from_file(golden / "lora_kohya.safetensors", lora_dit), 0.7), (dora, 0.6)]
+    networks = networks[::-1] if dora_first else networks
+    path, merged_path = tmp_path / "dit.safetensors", tmp_path / "merged.safetensors"
+    save_file(lora_dit.state_dict(), path)
+    save_merged(path, merged_path, networks, [], SilentReporter())
+    placement = MergingPlacement(Placement("cpu", None), networks)
+    for network, multiplier in networks:
+        network.set_multiplier(multiplier)
+        network.attach(lora_dit)
+    with torch.no_grad():
+        live = lora_dit(*inputs)
+        # float32, two orders of operations
+        torch.testing.assert_close(load_dit(path, placement=placement)(*inputs), live, rtol=0, atol=1e-4)
+        torch.testing.assert_close(load_dit(merged_path)(*inputs), live, rtol=0, atol=1e-4)
 
 
 def test_outputs_and_gradients_are_pefts() -> None:

@@ -155,6 +155,7 @@ def test_wrong_merges_leave_everything_as_it_was(hyimg, files, tmp_path, golden)
         ([one, "-o", out], "nothing to merge"),
         ([one, two, "--weights", "1", "2", "3", "-o", out], "3 values of `--weights` for 2 LoRA files"),
         ([one, two, "-o", there], "exists"),
+        ([one, two, "--weights", "1e300", "1", "-o", out], "which F32 does not hold"),
         ([one, two, "-o", one, "--overwrite"], "is the source file itself"),
         ([one, two], "`--output` is required"),
         (["-o", out], "`LORAS` is required"),
@@ -291,3 +292,41 @@ def test_an_output_in_the_place_of_something_else_is_refused(hyimg, files, tmp_p
         assert code == 2
         assert "cannot write" in err
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_alpha_is_one_number_however_it_is_written(hyimg, files, tmp_path):
+    state = load_file(files["kohya"])
+    alpha = "lora_unet_double_blocks_0_img_mlp_fc1.alpha"
+    lora = tmp_path / "lora.safetensors"
+    save_file({**state, alpha: state[alpha].reshape(1)}, lora)
+    pictures = []
+    for path in (files["kohya"], lora):
+        target = tmp_path / f"{len(pictures)}.png"
+        arguments = ["--prompt", "x", "--seed", "1", "--lora_weight", path, "--save_path", target]
+        code, _, err = hyimg("infer", *MODELS, *QUICK, *arguments)
+        assert code == 0, err
+        pictures.append(pixels(target))
+    assert np.array_equal(*pictures)
+    save_file({**state, alpha: torch.ones(2)}, lora)
+    for command in (["check", lora], ["convert-comfy", lora, tmp_path / "out.safetensors"]):
+        code, _, err = hyimg(*command)
+        assert code == 2
+        assert f"`{alpha}` in `{lora}` has the shape [2], and an alpha is one number" in err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_check_reads_fp8(hyimg, files, tmp_path):
+    lora = tmp_path / "fp8.safetensors"
+    state = {
+        name: t.to(torch.float8_e4m3fn) if t.ndim else t for name, t in load_file(files["kohya"]).items()
+    }
+    save_file(state, lora)
+    code, out, err = hyimg("check", lora, "--json")
+    assert (code, err) == (0, "")
+    whole, coarse = json.loads(hyimg("check", files["kohya"], "--json")[1]), json.loads(out)
+    assert coarse["all"]["norm"] == pytest.approx(whole["all"]["norm"], rel=0.02)
+    state["lora_unet_single_blocks_0_linear2.lora_up.weight"].view(torch.uint8)[0, 0] = 0x7F
+    save_file(state, lora)
+    code, out, err = hyimg("check", lora, "--json")
+    assert code == 0
+    assert json.loads(out)["not_finite"] == ["single_blocks.0.linear2"]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from hyimg.config.picture import read_settings
 from hyimg.flow import loras, plan
 from hyimg.model.safetensors_file import Checkpoint
+from hyimg.stages import infer as stage
 
 SIZE = ["--image_size", "64", "96", "--infer_steps", "3"]
 QUICK = ["--image_size", "32", "32", "--infer_steps", "1", "--guidance_scale", "1"]
@@ -220,6 +221,26 @@ def test_a_folder_is_filled_up_after_its_highest_number(hyimg, tmp_path):
     assert mine == {"0001.png", "0003.SAFETENSORS", "notes-0009.png"}
     assert {path.name for path in folder.iterdir()} - mine == {"0004.png", "0005.png"}
     assert read_settings(folder / "0005.png")["prompt"] == "a dog"
+
+
+@pytest.mark.parametrize("output_type", ["images", "latent_images"])
+def test_two_runs_at_once_take_nothing_from_each_other(hyimg, tmp_path, monkeypatch, output_type):
+    folder = tmp_path / "out"
+    encode = stage.encode_states
+
+    def meanwhile(*arguments):
+        """What another run leaves after this one has looked for free numbers."""
+        folder.mkdir()
+        (folder / "0001.png").write_bytes(b"mine")
+        return encode(*arguments)
+
+    monkeypatch.setattr(stage, "encode_states", meanwhile)
+    arguments = [*MODELS, *QUICK, "--prompt", "x", "--save_path", folder, "--output_type", output_type]
+    code, _, err = hyimg("infer", *arguments)
+    assert code == 0, err
+    assert (folder / "0001.png").read_bytes() == b"mine"
+    assert read_settings(folder / "0002.png")["prompt"] == "x"
+    assert f"saved {folder / '0002.png'}" in err
 
 
 def test_no_metadata_holds_for_latents_and_what_is_decoded_from_them(hyimg, infer, tmp_path):

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from hyimg.config.picture import read_settings
@@ -126,6 +127,19 @@ def test_a_picture_of_somebody_else_is_not_replaced(sample, tmp_path):
     said = sample(code=2)
     assert "002-base.png` is not a picture of `hyimg sample`" in said
     assert files(tmp_path / "out") == before
+
+
+def test_one_process_at_a_time_renders_into_a_folder(sample, tmp_path):
+    lock = FileLock(tmp_path / "out" / stage.LOCK_NAME)
+    (tmp_path / "out").mkdir()
+    with lock:
+        assert "another process is rendering into" in sample(code=2)
+    sample()
+    assert sorted(path.name for path in (tmp_path / "out").glob("*")) == [
+        "001-base.png",
+        "002-base.png",
+        "sheet.png",
+    ]
 
 
 def test_loras_of_one_name_are_told_apart(sample, trained, tmp_path):

@@ -162,6 +162,37 @@ def test_an_output_folder_that_cannot_be_written(refused, tmp_path, cached_datas
     refused(*sample, "--output_dir", place / "out", words=["cannot write", place])
 
 
+def test_a_name_that_no_file_can_have(refused, tmp_path, trained):
+    long = tmp_path / ("x" * 252 + ".png")
+    infer = ["infer", "--dit", "{dit}", "--vae", "{vae}", *RENDER]
+    refused(*infer, "--save_path", long, words=["the name is too long"])
+    lora, target = trained / "lora.safetensors", long.with_suffix(".safetensors")
+    merging = [*infer[:3], "--lora_weight", lora, "--save_merged_model", target]
+    refused(*merging, words=["the name is too long"])
+    refused("convert-comfy", lora, target, words=["the name is too long"])
+    refused("merge", lora, lora, "-o", target, words=["the name is too long"])
+
+
+def test_what_is_read_is_not_written_over(refused, tmp_path, trained, model):
+    lora, vae = tmp_path / "lora.safetensors", tmp_path / "vae.safetensors"
+    shutil.copyfile(trained / "lora.safetensors", lora)
+    shutil.copyfile(model.vae, vae)
+    shards = tmp_path / "dit"
+    shards.mkdir()
+    shutil.copyfile(model.dit, shards / "model.safetensors")
+    infer = ["infer", "--dit", shards, "--vae", vae, *RENDER, "--lora_weight", lora, "--overwrite"]
+    latent = ["--output_type", "latent", "--save_path"]
+    merged = [*latent, tmp_path / "x.safetensors", "--save_merged_model"]
+    refused(*infer, *latent, lora, words=["`--save_path`", "lora.safetensors` is the `--lora_weight` itself"])
+    refused(*infer, *merged, lora, words=["`--save_merged_model`", "is the `--lora_weight` itself"])
+    refused(*infer, *merged, vae, words=["is the `--vae` itself"])
+    for name in ("model.safetensors", "merged.safetensors"):
+        refused(
+            *infer, *merged, shards / name, words=["is in the folder of the `--dit`, which holds one model"]
+        )
+    refused(*infer, *merged, tmp_path / "x.safetensors", words=["`--save_path` are both"])
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(refused, tmp_path, cached_dataset):
     folder = tmp_path / "locked"
@@ -234,6 +265,20 @@ def test_a_lora_of_another_width(refused, tmp_path, golden):
     prompts.write_text("a cat\n")
     refused(*sheet, "--prompts", prompts, "--lora_weight", lora, words=["width 96", "64"])
     refused(*sheet, "--prompts", prompts, "--run", tmp_path / "prompts.txt", words=["is not a folder"])
+
+
+def test_a_lora_with_nan_is_found_before_any_model_is_read(refused, tmp_path, trained):
+    state = load_file(trained / "lora.safetensors")
+    state["lora_unet_single_blocks_0_linear1.lora_up.weight"][0, 0] = torch.nan
+    lora, prompts = tmp_path / "nan.safetensors", tmp_path / "prompts.txt"
+    save_file(state, lora)
+    prompts.write_text("a cat\n")
+    models = ["--dit", "{dit}", "--vae", "{vae}", *RENDER[:4], "--lora_weight", lora]
+    infer = ["infer", *models, "--prompt", "x", "--save_path", tmp_path / "a.png"]
+    words = ["nan.safetensors` holds NaN or infinity", "single_blocks_0_linear1"]
+    for mode in ("live", "merge"):
+        refused(*infer, "--lora_mode", mode, words=words)
+    refused("sample", *models, "--prompts", prompts, "--output_dir", tmp_path / "out", words=words)
 
 
 def test_prompt_lines_with_bad_flags_are_told_together(refused, tmp_path):

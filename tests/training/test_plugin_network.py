@@ -96,8 +96,12 @@ def test_it_starts_from_its_own_file_and_from_no_other(train_kind, spy, train):
     spy.on_start = lambda run: start.update({name: t.clone() for name, t in run.network.state().items()})
     train_kind(network_weights=path)
     assert all(torch.equal(start[name], tensor) for name, tensor in load_file(path).items())
-    with pytest.raises(HyimgError, match="does not fit the network"):
+    start.clear()
+    train_kind(network_weights=path.parent / "comfy" / path.name)
+    assert all(torch.equal(start[name], tensor) for name, tensor in load_file(path).items())
+    with pytest.raises(HyimgError, match="does not fit the network") as told:
         train_kind("lokr", network_weights=path)
+    assert "--dim_from_weights" not in told.value.hint, "which this kind does not have"
     lora = train().folder.lora_path()
     with pytest.raises(HyimgError, match="does not fit the network"):
         train_kind(network_weights=lora)
