@@ -162,6 +162,8 @@ def _usage(error: typer.TyperException) -> tuple[str, str | None]:
         unknown = "--" + unknown.lstrip("-").replace("-", "_")
         return f"no such option: `{unknown}`", did_you_mean(unknown, known) or listing
     message = error.format_message().strip().rstrip(".")
+    if "unexpected extra argument" in message and listing is not None:
+        listing = f"a value with spaces stands in quotes, and follows its option: {listing}"
     return message[:1].lower() + message[1:], listing
 
 

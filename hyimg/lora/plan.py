@@ -133,8 +133,8 @@ def weak_update_warning(plan: Sequence[ModulePlan], *, alpha: float) -> str | No
     where = "" if len(weak) == sum(1 for m in plan if m.rank) else f" of {len(weak)} modules"
     factor = 1 / weakest.scale
     return (
-        f"alpha {alpha:g} beside rank {weakest.rank} makes the update{where} {factor:.4g} times weaker than alone: "
-        f"unless that is meant, give `--network_alpha {alpha * factor:.4g}`"
+        f"alpha {alpha:g} beside rank {weakest.rank} makes the update{where} {factor:.4g} times weaker than "
+        f"`--network_alpha {alpha * factor:.4g}` would: give that, unless it is meant"
     )
 
 

@@ -121,7 +121,7 @@ def _tokenizer(config: DatasetConfig) -> tuple[QwenTokenizer | None, str | None]
     except HyimgError as error:
         if named is not None:
             raise
-        return None, error.message
+        return None, error.message + (f" ({error.hint})" if error.hint else "")
 
 
 def _lint_all(

@@ -130,7 +130,8 @@ class RunFolder:
         require_writable_folder(self.directory)
         used = self.saved_files()
         if used and not (overwrite or self.holds(resumed)):
-            way_out = "" if resumed is not None else ", or `--resume latest` to go on with it"
+            can_go_on = resumed is None and bool(self.states())
+            way_out = ", or `--resume latest` to go on with it" if can_go_on else ""
             raise HyimgError(
                 f"`{self.directory}` holds a run named `{self.name}` already (`{used[0].name}`)",
                 hint=f"choose another `--output_name`, or give `--overwrite` to replace it{way_out}",

@@ -235,6 +235,7 @@ def test_without_a_tokenizer_tokens_are_not_counted_and_it_says_so(told, hyimg, 
     assert asked == [True]  # nothing is downloaded
     assert report["captions"]["longest_tokens"] is None
     assert "no Qwen tokenizer" in report["captions"]["not_counted"]
+    assert "give `--tokenizer FOLDER`" in report["captions"]["not_counted"]
     assert report["text"]["stores"][0]["bytes_missing"] is None
     assert [finding["kind"] for finding in report["findings"]] == ["quoted_text"]
     _, out, _ = hyimg("dataset", path)

@@ -106,8 +106,9 @@ def test_a_run_in_one_format_replaces_a_run_in_both(train, tmp_path):
     train(output_dir=folder)
     train(output_dir=folder, overwrite=True, save_format="comfy")
     assert loras(folder) == ["comfy/lora.safetensors"]
-    with pytest.raises(HyimgError, match="holds a run named `lora` already"):
+    with pytest.raises(HyimgError, match="holds a run named `lora` already") as caught:
         train(output_dir=folder)
+    assert "latest" not in caught.value.hint  # there is no state to go on from
     train(output_dir=folder, overwrite=True, save_format="kohya")
     assert loras(folder) == ["lora.safetensors"]
 
