@@ -139,7 +139,10 @@ def test_flags_of_the_reference_tool_are_answered(parse, capsys):
         (["train"], ["`--dit` is required", "`--dataset_config` is required", "`--output_dir` is required"]),
         (["convert-comfy", "a.safetensors"], ["`DESTINATION` is required"]),
         (["train", *TRAIN, "--seed"], ["--seed", "requires an argument"]),
-        (["infer", "--prompt", "a", "cat"], ["(cat)", "a value with spaces stands in quotes", "`hyimg infer --help`"]),
+        (
+            ["infer", "--prompt", "a", "cat"],
+            ["(cat)", "a value with spaces stands in quotes", "`hyimg infer --help`"],
+        ),
     ],
 )
 def test_wrong_command_lines_are_one_answer_with_exit_code_2(arguments, parts, capsys):
