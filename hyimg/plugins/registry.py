@@ -66,11 +66,6 @@ class Plugins:
         self.manager.add_hookspecs(hookspecs)
         self._origins: dict[str, str] = {}
 
-    @property
-    def hook(self) -> Any:
-        """The hooks as pluggy has them; events go through `notify`, which says whose hook has failed."""
-        return self.manager.hook
-
     def register(self, module: ModuleType, name: str, origin: str) -> None:
         """Adds a plugin module; a hook that would never be called, or not as it is written, is an error."""
         if self.manager.has_plugin(name):

@@ -77,11 +77,6 @@ class Validator:
             values |= {f"{prefix}_{band_name(band)}": loss for band, loss in sorted(measured.by_band.items())}
         return values
 
-    @property
-    def num_forwards(self) -> int:
-        """How often the model is asked at each validation."""
-        return len(self.sigmas) * (len(self.batches) + len(self.familiar_batches))
-
     def _ask(self, data: TrainingData, batches: Sequence[Batch]) -> Measurement:
         own: list[tuple[int, list[float]]] = []
         for batch in batches[self.processes.rank :: self.processes.world]:
