@@ -67,8 +67,9 @@ _BLOCK_BYTES = 4096
 
 
 def options_identity(config: TrainConfig) -> dict[str, Any]:
-    """Every option as JSON."""
-    return {name: plain(value) for name, value in flatten(config).items()}
+    """Every option that decides numbers, as JSON: none of them a path, since a state may be given to others."""
+    values = flatten(config)
+    return {name: plain(values[name]) for name in _options_that_matter()}
 
 
 def run_identity(config: TrainConfig, data: TrainingData, schedule: Schedule) -> dict[str, Any]:

@@ -318,6 +318,14 @@ def test_states_alone_make_a_name_used_and_overwriting_replaces_them(train, stop
     assert states(stopped) == []
 
 
+def test_a_state_says_nothing_of_where_files_lie(train, tmp_path, models):
+    run = train(**WITH_STATES, vae=models[0].vae)
+    for path in (run.folder.directory / "lora-state").glob("state-*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert json.dumps(str(tmp_path))[1:-1] not in text
+        assert str(models[0].dit.parent) not in text
+
+
 # ---- other settings
 
 
