@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyimg.memory.out_of_memory import out_of_memory_place
+from hyimg.report import count_text
 from hyimg.training.samples import SampleCadence, SampleRenderer
 from hyimg.training.trackers import show_images
 from hyimg.training.validation import Cadence, Validator
@@ -85,7 +86,7 @@ def _render_samples(
     rendered = sorted((number, Path(path)) for share in shares for number, path in share)
     if rendered and run.processes.is_main:
         show_images(run.accelerator, rendered, run.step)
-        run.report.note(f"samples: {len(rendered)} in {run.folder.sample_dir}")
+        run.report.note(f"step {run.step}: {count_text(len(rendered), 'sample')} in {run.folder.sample_dir}")
 
 
 @contextmanager

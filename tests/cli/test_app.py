@@ -137,7 +137,10 @@ def test_flags_of_the_reference_tool_are_answered(parse, capsys):
         (["train"], ["`--dit` is required", "`--dataset_config` is required", "`--output_dir` is required"]),
         (["convert-comfy", "a.safetensors"], ["`DESTINATION` is required"]),
         (["train", *TRAIN, "--seed"], ["--seed", "requires an argument"]),
-        (["infer", "--prompt", "a", "cat"], ["(cat)", "a value with spaces stands in quotes", "`hyimg infer --help`"]),
+        (
+            ["infer", "--prompt", "a", "cat"],
+            ["(cat)", "a value with spaces stands in quotes", "`hyimg infer --help`"],
+        ),
     ],
 )
 def test_wrong_command_lines_are_one_answer_with_exit_code_2(arguments, parts, capsys):
@@ -155,6 +158,15 @@ def test_files_that_are_not_there_are_named_with_their_options(capsys):
     err = capsys.readouterr().err
     assert "`--dit`: there is no file `d`" in err
     assert "`--dataset_config`: there is no file `c`" in err
+
+
+def test_a_misspelt_file_is_told_with_the_one_beside_it(tmp_path, capsys):
+    (tmp_path / "dataset.toml").touch()
+    assert (
+        run(["train", "--dit", "d", "--dataset_config", f"{tmp_path / 'datset.toml'}", "--output_dir", "o"])
+        == 2
+    )
+    assert f"no file `{tmp_path / 'datset.toml'}`; did you mean `dataset.toml`?" in capsys.readouterr().err
 
 
 def test_traceback_is_shown_when_asked():

@@ -171,7 +171,10 @@ def test_rank_and_alpha_are_told_with_their_quotient(prepared):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"network_dim": 16}, "alpha 1 beside rank 16 makes the update 16 times weaker than `--network_alpha 16` would"),
+        (
+            {"network_dim": 16},
+            "alpha 1 beside rank 16 makes the update 16 times weaker than `--network_alpha 16` would",
+        ),
         ({"network_dim": 16, "network_alpha": 2}, None),
         (
             {"network_dim": 4, "network_args": ("network_reg_dims=linear1=64",)},
