@@ -232,7 +232,9 @@ def _explain(error: Exception, repository: str, path: str, revision: str | None)
         return RunError(f"{_endpoint()} refuses `{path}` of `{repository}` (HTTP {status})", hint=again)
     if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
         return RunError(f"`{path}` cannot be written: {error.strerror}", hint="choose another folder")
-    return _BrokenConnectionError(f"the connection to {_endpoint()} broke: {reason}", hint=again)
+    return _BrokenConnectionError(
+        f"the connection to {_endpoint()} broke: {reason}", hint=f"check the network, and {again}"
+    )
 
 
 def _endpoint() -> str:

@@ -76,6 +76,8 @@ class EntryStore:
     """The word for an entry in messages: "latent", "text"."""
     command: ClassVar[str]
     """The command that makes and repairs the entries."""
+    models: ClassVar[str]
+    """The options of this command that name the model's files."""
 
     def __init__(self, folder: Path | str, model_identity: str, *, index: Index | None = None) -> None:
         self.folder = Path(folder)

@@ -50,6 +50,7 @@ class LatentEntry:
 class LatentStore(EntryStore):
     kind = "latent"
     command = "hyimg cache-latents"
+    models = "`--vae`"
 
     def key(self, recipe: LatentRecipe) -> str:
         return self.key_of(vars(recipe))

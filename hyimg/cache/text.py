@@ -30,6 +30,7 @@ class TextEntry:
 class TextStore(EntryStore):
     kind = "text"
     command = "hyimg cache-text"
+    models = "`--text_encoder` and `--byt5`"
 
     def key(self, prompt: str) -> str:
         return self.key_of({"prompt": prompt})

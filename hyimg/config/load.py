@@ -157,12 +157,20 @@ def _input_problem(path: Path) -> str | None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return f"there is no file `{path}`"
+        guess = did_you_mean(path.name, _names_beside(path))
+        return f"there is no file `{path}`" + (f"; {guess}" if guess else "")
     except OSError as error:
         return f"`{path}` cannot be read: {error.strerror}"
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         return f"`{path}` is a device or a pipe, not a file"
     return None
+
+
+def _names_beside(path: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(path.parent))
+    except OSError:
+        return []
 
 
 def select(config: type[C], source: Any) -> C:

@@ -214,6 +214,7 @@ def _complete_store(
     flags: str = "",
 ) -> Store:
     command = store_type.command + (f" --dataset_config {dataset_config}" if dataset_config else "") + flags
+    hint = f"run `{command}` with {store_type.models}"
     identities = store_type.identities(folder) if identity is None else [identity]
     lacks = {
         store: missing(store) for store in (store_type(folder, known, index=index) for known in identities)
@@ -227,9 +228,7 @@ def _complete_store(
             hint="name the model files, so that it is clear which is meant",
         )
     if not lacks:
-        raise HyimgError(f"there is no {store_type.kind} cache in `{folder}`", hint=f"run `{command}`")
+        raise HyimgError(f"there is no {store_type.kind} cache in `{folder}`", hint=hint)
     fewest = min(lacks.values(), key=len)
     more = f" (and {len(fewest) - 1} more)" if len(fewest) > 1 else ""
-    raise HyimgError(
-        f"no {store_type.kind} cache for {fewest[0]}{more} in `{folder}`", hint=f"run `{command}`"
-    )
+    raise HyimgError(f"no {store_type.kind} cache for {fewest[0]}{more} in `{folder}`", hint=hint)

@@ -66,7 +66,7 @@ COMMANDS = (
     " --lora_multiplier 1.0 --image_size 256 256 --infer_steps 12 --seed 3 --prompt 'a portrait of an astronaut'"
     " --save_path {picture}",
     "convert-comfy {lora} {comfy}",
-    "inspect-modules --dit {dit} --network_args network_reg_dims=img_attn_qkv=16,single_blocks=4",
+    "inspect-modules --dit {dit} --network_alpha 4 --network_args network_reg_dims=img_attn_qkv=16,single_blocks=4",
 )
 _MARKER = "hyimg-demo.txt"
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from accelerate.utils import set_seed
 
 from hyimg.memory.out_of_memory import out_of_memory_place
+from hyimg.report import count_text
 from hyimg.training.samples import SampleCadence, SampleRenderer
 from hyimg.training.state_parts import generators_part
 from hyimg.training.trackers import show_images
@@ -90,7 +91,7 @@ def _render_samples(
     rendered = sorted((number, Path(path)) for share in shares for number, path in share)
     if rendered and run.processes.is_main:
         show_images(run.accelerator, rendered, run.step)
-        run.report.note(f"samples: {len(rendered)} in {run.folder.sample_dir}")
+        run.report.note(f"step {run.step}: {count_text(len(rendered), 'sample')} in {run.folder.sample_dir}")
 
 
 @contextmanager

@@ -116,7 +116,10 @@ def read_state(path: Path, *, verify: bool = True) -> SavedState:
             ) from error
         lacks = Path(str(error.filename)).name
         why = " (the run ended while it was saved, or another program made it)" if lacks == MANIFEST else ""
-        raise DamagedStateError(f"`{path}` is no whole state: `{lacks}` is missing{why}") from error
+        raise DamagedStateError(
+            f"`{path}` is no whole state: `{lacks}` is missing{why}",
+            hint="give a folder whose name ends in `-state`, or `latest`",
+        ) from error
     except OSError as error:
         raise DamagedStateError(f"`{path}` cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -162,6 +162,15 @@ def test_files_that_are_not_there_are_named_with_their_options(capsys):
     assert "`--dataset_config`: there is no file `c`" in err
 
 
+def test_a_misspelt_file_is_told_with_the_one_beside_it(tmp_path, capsys):
+    (tmp_path / "dataset.toml").touch()
+    assert (
+        run(["train", "--dit", "d", "--dataset_config", f"{tmp_path / 'datset.toml'}", "--output_dir", "o"])
+        == 2
+    )
+    assert f"no file `{tmp_path / 'datset.toml'}`; did you mean `dataset.toml`?" in capsys.readouterr().err
+
+
 def test_traceback_is_shown_when_asked():
     from hyimg.errors import HyimgError
 

@@ -181,7 +181,7 @@ def test_training_without_models_takes_the_one_complete_cache(
     folder = caches.folder / "latents"
     with pytest.raises(HyimgError, match="there is no latent cache") as told:
         latent_store_for_training(folder, samples, dataset_config=Path("set.toml"))
-    assert told.value.hint == "run `hyimg cache-latents --dataset_config set.toml`"
+    assert told.value.hint == "run `hyimg cache-latents --dataset_config set.toml` with `--vae`"
     caches.latents(samples, "old vae")
     assert latent_store_for_training(folder, samples).model_identity == "old vae"
     add_image(tmp_path / "images" / "b.png")

@@ -354,6 +354,7 @@ def test_a_hub_that_does_not_answer_is_one_sentence(hub, tmp_path):
     code, out, err = download(hub, tmp_path / "m")
     assert (code, out) == (1, "")
     assert f"the connection to http://127.0.0.1:{hub.port} broke" in err
+    assert "hint: check the network, and run the same command again" in err
     assert not (tmp_path / "m").exists()
 
 

@@ -161,9 +161,11 @@ def test_samples_are_rendered_when_they_are_asked_for(train, prompts):
         f"lora-{epoch:06}-{number:02}.png" for epoch in (1, 2) for number in (1, 2)
     ]
     assert Image.open(folder / "sample" / "lora-000001-01.png").size == (64, 96)
-    folder, _ = train(
+    folder, err = train(
         *common, "--sample_every_n_steps", "3", "--sample_at_first", "--log_with", "tensorboard"
     )
+    for step in (0, 3, 6):
+        assert f"step {step}: 2 samples in {folder / 'sample'}" in err
     names = {p.name for p in (folder / "sample").iterdir()}
     assert names == {f"lora-step{step:08}-{n:02}.png" for step in (0, 3) for n in (1, 2)} | {
         f"lora-step{step:08}-{n:02}.png" for step in (6,) for n in (1, 2)

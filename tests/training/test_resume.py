@@ -177,6 +177,12 @@ def test_a_half_written_or_damaged_state_is_left_out_with_a_warning(train, stopp
     assert "step00000004-state` is no whole state: `optimizer-" in report.warnings[1]
 
 
+def test_a_run_folder_in_place_of_a_state_is_told_what_a_state_is(train, stopped):
+    with pytest.raises(HyimgError, match="is no whole state: `manifest.json` is missing") as told:
+        go_on(train, stopped, resume=str(stopped))
+    assert "a folder whose name ends in `-state`" in told.value.hint
+
+
 def test_where_no_state_is_whole_nothing_is_started_over(train, stopped):
     for state in stopped.glob("*-state"):
         (state / "manifest.json").unlink()
