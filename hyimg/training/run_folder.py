@@ -69,6 +69,10 @@ class RunFolder:
         """The folder of the state after an epoch or a step, or at the end."""
         return self.directory / f"{self._stem(epoch, step)}-state"
 
+    def first_form(self, path: Path) -> Path:
+        """The file that is saved for one of `lora_path`: that itself, unless only ComfyUI's form is asked for."""
+        return path.parent / COMFY_FOLDER / path.name if self.save_format == "comfy" else path
+
     @property
     def sample_dir(self) -> Path:
         return self.directory / SAMPLE_FOLDER

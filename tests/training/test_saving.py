@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from hyimg.errors import RunError, StoppedError, Terminated
+from hyimg.memory.processes import Processes
 from hyimg.report import SilentReporter
 from hyimg.training import saving
+from hyimg.training.exchange import Exchange
 from hyimg.training.signals import StopRequest
 from hyimg.training.state_folder import read_state
 
@@ -143,6 +145,17 @@ def test_a_save_that_is_due_is_not_made_twice_where_one_is_asked_for(train, spy)
     assert [path.name for path in run.saved_states] == ["lora-step00000001-state"]
 
 
+@pytest.mark.parametrize(("save_format", "folder"), [("both", ""), ("kohya", ""), ("comfy", "comfy")])
+def test_every_process_knows_what_was_saved_last_and_the_main_one_saves_it(train, save_format, folder):
+    run = train(save_format=save_format)
+    assert run.last_good == run.folder.directory / folder / "lora.safetensors"
+    assert run.last_good.is_file()
+    run.exchange = Exchange(Processes(1, 2), torch.device("cpu"))
+    run.save(step=7)
+    assert run.last_good == run.folder.directory / folder / "lora-step00000007.safetensors"
+    assert not run.last_good.exists()
+
+
 # ---- signals
 
 
@@ -184,7 +197,8 @@ def test_the_second_signal_stops_at_once(train, spy, report, number, kind):
     folder = spy.runs[-1].folder.directory
     assert loras(folder) == steps(1, 2)
     assert names(folder, "-state") == []
-    assert "stopped after step 2 of 5; the last saved file is" in report.warnings[-1]
+    last = folder / "lora-step00000002.safetensors"
+    assert f"stopped after step 2 of 5; the last saved file is {last}" in report.warnings[-1]
 
 
 def test_a_signal_in_the_last_step_changes_nothing(train, spy):
@@ -226,7 +240,8 @@ def test_a_loss_that_is_not_finite_names_image_timestep_and_module(train, spy, d
     assert message.startswith(f"the loss is not finite at step 3: `{dataset.parent / 'images'}")
     assert ".png` at timestep " in message
     assert message.endswith("and the gradient of `double_blocks.0.img_mod.linear` first")
-    assert "lora-step00000002.safetensors` is from before" in caught.value.hint
+    good = spy.runs[-1].folder.directory / "lora-step00000002.safetensors"
+    assert f"; `{good}` is from before" in caught.value.hint
 
 
 def test_a_gradient_that_is_not_finite_names_the_module_that_it_begins_in(train, spy):
