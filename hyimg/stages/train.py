@@ -127,7 +127,7 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
         try:
             _run_to_its_end(run)
         except (KeyboardInterrupt, Terminated):
-            last = f"the last saved file is {run.saved[-1]}" if run.saved else "nothing was saved yet"
+            last = f"the last saved file is {run.last_saved}" if run.last_saved else "nothing was saved yet"
             report.warning(f"stopped after step {run.step} of {schedule.max_steps}; {last}")
             raise
         except (StoppedError, DivergedError):

@@ -98,7 +98,7 @@ def _render_samples(
 def _undisturbed(run: Run) -> Iterator[None]:
     """The weights to evaluate, at their full strength (each training batch sets its own again), and the global
     generators at the run's seed; afterwards all is as it was."""
-    generators = generators_part(run.accelerator.device)
+    generators = generators_part(run.exchange.device)
     before = generators.state_dict()
     set_seed(run.seed % 2**32)
     try:

@@ -43,7 +43,8 @@ class Run:
     tracker's folder and `started` the time of the first start, in seconds since the epoch. Each of
     `evaluation_modes` makes a block in which the weights are those to use, where they are not those that
     the optimiser moves. Each of several processes (`processes`) has a run of its own with the same weights;
-    the main one's is that which writes.
+    the main one's is that which writes, and alone has `saved`, the files in the order of saving; `last_saved`, the
+    newest LoRA, all have.
     """
 
     config: TrainConfig
@@ -77,6 +78,7 @@ class Run:
     parts: list[Stateful] = field(default_factory=list)
     evaluation_modes: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list)
     saved: list[Path] = field(default_factory=list)
+    last_saved: Path | None = None
     saved_states: list[Path] = field(default_factory=list)
 
     @property
@@ -89,9 +91,10 @@ class Run:
 
     @property
     def last_good(self) -> Path | None:
-        """The last LoRA file that this run saved, or the state that it goes on from."""
-        if self.saved:
-            return self.saved[-1]
+        """The last LoRA file that this run saved (of a pair the one that is not ComfyUI's), or the state that it
+        goes on from."""
+        if self.last_saved is not None:
+            return self.last_saved
         return self.resumed.saved.path if self.resumed is not None else None
 
     def remember(self, part: Stateful) -> None:
@@ -112,12 +115,14 @@ class Run:
     def save(self, *, epoch: int | None = None, step: int | None = None) -> None:
         """Saves the LoRA as it is now, under the name of an epoch, of a step, or the final one.
 
-        Of several processes the main one does; the others know that it has.
+        Of several processes the main one does; all know the file, since any of them may have to name it.
         """
         path = self.folder.lora_path(epoch=epoch, step=step)
-        if not self.processes.is_main:
-            self.saved += self.folder.forms(path)
-            return
+        if self.processes.is_main:
+            self._write(path)
+        self.last_saved = self.folder.forms(path)[0]
+
+    def _write(self, path: Path) -> None:
         with self.evaluation_weights():
             files = self.folder.save(path, self.network.state(), self.describe(self), self.save_dtype)
         self.saved += files

@@ -146,6 +146,17 @@ def test_a_save_that_is_due_is_not_made_twice_where_one_is_asked_for(train, spy)
     assert [path.name for path in run.saved_states] == ["lora-step00000001-state"]
 
 
+@pytest.mark.parametrize(("save_format", "folder"), [("both", ""), ("kohya", ""), ("comfy", "comfy")])
+def test_every_process_knows_what_was_saved_last_and_the_main_one_saves_it(train, save_format, folder):
+    run = train(save_format=save_format)
+    assert run.last_good == run.folder.directory / folder / "lora.safetensors"
+    assert run.last_good.is_file()
+    run.exchange = Exchange(Processes(1, 2), torch.device("cpu"))
+    run.save(step=7)
+    assert run.last_good == run.folder.directory / folder / "lora-step00000007.safetensors"
+    assert not run.last_good.exists()
+
+
 # ---- signals
 
 
@@ -187,7 +198,8 @@ def test_the_second_signal_stops_at_once(train, spy, report, number, kind):
     folder = spy.runs[-1].folder.directory
     assert loras(folder) == steps(1, 2)
     assert names(folder, "-state") == []
-    assert "stopped after step 2 of 5; the last saved file is" in report.warnings[-1]
+    last = folder / "lora-step00000002.safetensors"
+    assert f"stopped after step 2 of 5; the last saved file is {last}" in report.warnings[-1]
 
 
 def test_a_signal_in_the_last_step_changes_nothing(train, spy):
@@ -229,12 +241,11 @@ def test_the_others_wait_for_a_save_as_long_as_it_takes_and_not_in_a_sum(train, 
 def test_a_process_that_does_not_save_knows_what_the_main_one_has_saved(train, tmp_path):
     run = train()
     last = run.last_good
-    other = replace(run, exchange=Exchange(Processes(1, 2, 1), torch.device("cpu")), saved=[])
+    other = replace(run, exchange=Exchange(Processes(1, 2, 1), torch.device("cpu")), last_saved=None)
     other.save()
-    assert other.saved == run.saved
     assert other.last_good == last
     other.save(step=7)
-    assert other.last_good == run.folder.directory / "comfy" / "lora-step00000007.safetensors"
+    assert other.last_good == run.folder.directory / "lora-step00000007.safetensors"
     assert not other.last_good.exists()
 
 
@@ -259,7 +270,8 @@ def test_a_loss_that_is_not_finite_names_image_timestep_and_module(train, spy, d
     assert message.startswith(f"the loss is not finite at step 3: `{dataset.parent / 'images'}")
     assert ".png` at timestep " in message
     assert message.endswith("and the gradient of `double_blocks.0.img_mod.linear` first")
-    assert "lora-step00000002.safetensors` is from before" in caught.value.hint
+    good = spy.runs[-1].folder.directory / "lora-step00000002.safetensors"
+    assert f"; `{good}` is from before" in caught.value.hint
 
 
 def test_a_gradient_that_is_not_finite_names_the_module_that_it_begins_in(train, spy):
