@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
@@ -236,17 +235,6 @@ def test_the_others_wait_for_a_save_as_long_as_it_takes_and_not_in_a_sum(train, 
     spy.on_start = count
     train(max_train_epochs=2, save_every_n_steps=3, save_every_n_epochs=1)
     assert waits == [3, 4, 6], "an epoch is four steps, and nobody steps after the last"
-
-
-def test_a_process_that_does_not_save_knows_what_the_main_one_has_saved(train, tmp_path):
-    run = train()
-    last = run.last_good
-    other = replace(run, exchange=Exchange(Processes(1, 2, 1), torch.device("cpu")), last_saved=None)
-    other.save()
-    assert other.last_good == last
-    other.save(step=7)
-    assert other.last_good == run.folder.directory / "lora-step00000007.safetensors"
-    assert not other.last_good.exists()
 
 
 # ---- what is not finite
