@@ -212,22 +212,27 @@ def _make_run(
         resumed=resumed,
         uploads=prepared.uploads,
     )
-    if resumed is not None:
-        run.step = resumed.step
-        run.epoch = schedule.first_epoch(after_step=resumed.step, ended=resumed.epoch) - 1
-    run.remember(network_part(network))
+    _take_up(run, optimizer_part)
+    return run
+
+
+def _take_up(run: Run, optimizer_part: Stateful) -> None:
+    """Gives the run its parts, which its states hold, each at once where the state to go on from has it."""
+    if run.resumed is not None:
+        run.step = run.resumed.step
+        run.epoch = run.schedule.first_epoch(after_step=run.resumed.step, ended=run.resumed.epoch) - 1
+    run.remember(network_part(run.network))
     run.remember(optimizer_part)
-    for name, part in (("scheduler", stepper.scheduler), ("scaler", stepper.scaler)):
+    for name, part in (("scheduler", run.stepper.scheduler), ("scaler", run.stepper.scaler)):
         if part is not None:
             run.remember(Stateful(name, part.state_dict, part.load_state_dict))
-    if ema is not None:
-        run.remember(Stateful("ema", ema.state_dict, ema.load_state_dict))
-        run.evaluation_modes.append(ema.swapped_in)
-    run.evaluation_modes.append(partial(averaged_weights, stepper.optimizer))
+    if run.ema is not None:
+        run.remember(Stateful("ema", run.ema.state_dict, run.ema.load_state_dict))
+        run.evaluation_modes.append(run.ema.swapped_in)
+    run.evaluation_modes.append(partial(averaged_weights, run.stepper.optimizer))
     run.remember(Stateful("losses", run.losses.state_dict, run.losses.load_state_dict))
     run.remember(Stateful("guard", run.guard.state_dict, run.guard.load_state_dict))
-    run.remember(generators_part(prepared.device))
-    return run
+    run.remember(generators_part(run.exchange.device))
 
 
 def _open_data(

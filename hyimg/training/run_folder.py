@@ -82,8 +82,8 @@ class RunFolder:
         return f"{self.name}{suffix}"
 
     def used_files(self) -> list[Path]:
-        """The files and states that an earlier run of this name left, in a fixed order."""
-        return self._own(_ENDINGS)
+        """The files, states and samples that an earlier run of this name left, in a fixed order."""
+        return self._own(_ENDINGS) + self._own(r"-\d{2,}\.png", SAMPLE_FOLDER)
 
     def saved_files(self) -> list[Path]:
         """Those of them that are a loss: LoRA files and states. A dry run leaves the others."""
@@ -105,9 +105,10 @@ class RunFolder:
     def _pattern(self, ending: str) -> re.Pattern[str]:
         return re.compile(re.escape(self.name) + r"(-\d{6}|-step\d{8})?" + ending)
 
-    def _own(self, ending: str) -> list[Path]:
+    def _own(self, ending: str, *inner: str) -> list[Path]:
+        """What of this run's names has that ending: in the folders `inner`, by default where LoRA files are."""
         own = self._pattern(ending)
-        folders = (self.directory, self.directory / COMFY_FOLDER)
+        folders = [self.directory / name for name in inner or ("", COMFY_FOLDER)]
         return [
             p
             for folder in folders

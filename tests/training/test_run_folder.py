@@ -34,9 +34,16 @@ def test_overwriting_removes_the_whole_earlier_run_and_nothing_else(train, tmp_p
     for name in friends:
         (folder / name).write_bytes(b"keep me")
         (folder / "comfy" / name).write_bytes(b"keep me")
-    train(output_dir=folder, overwrite=True, output_name="lora-2x")
+    (folder / "sample").mkdir()
+    pictures = ["lora-step00000009-01.png", "lora-000003-12.png", "lora-2x-000003-01.png", "lora-cat.png"]
+    for name in pictures:
+        (folder / "sample" / name).write_bytes(b"a picture")
+    train(output_dir=folder, overwrite=True, output_name="lora-2x", max_train_steps=1)
     assert (folder / "lora-000001.safetensors").is_file(), "another name's run"
+    assert (folder / "sample" / pictures[0]).is_file()
+    (folder / "sample" / pictures[2]).write_bytes(b"a picture")
     train(output_dir=folder, overwrite=True)
+    assert sorted(path.name for path in (folder / "sample").iterdir()) == sorted(pictures[2:])
     for name in friends:
         assert (folder / name).read_bytes() == b"keep me"
         assert (folder / "comfy" / name).read_bytes() == b"keep me"
