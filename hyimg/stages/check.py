@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def check(config: CheckConfig, report: Reporter) -> LoRAReport:
         json.dump(found.as_json(), sys.stdout, indent=2)
         print()
     else:
-        _print(found)
+        _print(found, path)
     return found
 
 
@@ -82,7 +83,7 @@ def _survivals(
     return survivals
 
 
-def _print(found: LoRAReport) -> None:
+def _print(found: LoRAReport, path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -105,7 +106,8 @@ def _print(found: LoRAReport) -> None:
     ]
     if found.zero:
         lines.append(f"{count_text(len(found.zero), 'module')} change nothing (zeros): {_names(found.zero)}")
-    lines += [_verdict_line(verdict, found) for verdict in found.consumers]
+    for verdict in found.consumers:
+        lines += _verdict_lines(verdict, found, path)
     lines += [f"{name}: {value}" for name, value in found.training.items()]
     if found.all.fp8 is not None:
         lines.append(
@@ -116,20 +118,22 @@ def _print(found: LoRAReport) -> None:
         console.print(line, markup=False)
 
 
-def _verdict_line(verdict: Verdict, found: LoRAReport) -> str:
-    """How much of the file a program applies, why not all, and how to change that."""
+def _verdict_lines(verdict: Verdict, found: LoRAReport, path: Path) -> list[str]:
+    """How much of the file a program applies and, under it, why not all and how to change that."""
     num_modules = len(verdict.applied) + len(verdict.dropped)
-    parts = [f"{verdict.title}: applies {len(verdict.applied)} of {num_modules} modules"]
+    lines = [f"{verdict.title}: applies {len(verdict.applied)} of {num_modules} modules"]
     if verdict.dropped:
-        kinds = ", ".join(sorted({layer_kind(name) for name in verdict.dropped}))
-        why = next(iter(verdict.dropped.values()))
-        parts.append(f"drops {kinds}, since it {why}" if verdict.applied else f"it {why}")
-    parts += verdict.notes
+        if verdict.applied:
+            lines.append(f"  drops {', '.join(sorted({layer_kind(name) for name in verdict.dropped}))}")
+        lines.append(f"  it {next(iter(verdict.dropped.values()))}")
+    lines += [f"  {note}" for note in verdict.notes]
     if verdict.loads != "all":
         (format,) = (consumer.format for consumer in CONSUMERS if consumer.name == verdict.consumer)
         if found.formats != (format,):
-            parts.append(f"`hyimg convert-comfy FILE OUT --to {format}` makes a file for it")
-    return "; ".join(parts)
+            converted = path.with_name(f"{path.stem}-{format}.safetensors")
+            command = shlex.join(["hyimg", "convert-comfy", str(path), str(converted), "--to", format])
+            lines.append(f"  a file for it: {command}")
+    return lines
 
 
 def _names(names: Sequence[str]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -173,7 +175,7 @@ def test_wrong_merges_leave_everything_as_it_was(hyimg, files, tmp_path, golden)
 # ---- check
 
 
-def test_check_tells_who_loads_a_file_and_what_each_drops(hyimg, files, golden):
+def test_check_tells_who_loads_a_file_and_what_each_drops(hyimg, files, golden, tmp_path):
     for form, loads in {
         "kohya": ("part", "all", "none", "none"),
         "comfy": ("all", "part", "none", "none"),
@@ -186,12 +188,22 @@ def test_check_tells_who_loads_a_file_and_what_each_drops(hyimg, files, golden):
         found = {verdict["name"]: verdict for verdict in json.loads(out)["consumers"]}
         assert tuple(verdict["loads"] for verdict in found.values()) == loads, form
         assert all(v["applied"] + len(v["dropped"]) == 32 for v in found.values())
-    code, out, err = hyimg("check", golden / "lora_kohya.safetensors")
+    lora = shutil.copy(golden / "lora_kohya.safetensors", tmp_path / "my lora.safetensors")
+    code, out, err = hyimg("check", lora)
     assert (code, err) == (0, "")
-    assert "ComfyUI: applies 14 of 24 modules; drops img_mlp.fc1" in out
-    assert "`hyimg convert-comfy FILE OUT --to comfy` makes a file for it" in out
+    assert "ComfyUI: applies 14 of 24 modules\n  drops img_mlp.fc1" in out
     assert "the reference tool (sd-scripts): applies 24 of 24 modules\n" in out
     assert "steps: 40" in out, "and how it was trained"
+    # the commands that it shows make the files that they promise
+    commands = [
+        line.partition("a file for it: hyimg ")[2] for line in out.splitlines() if "a file for it" in line
+    ]
+    assert len(commands) == 3
+    for command in commands:
+        arguments = shlex.split(command)
+        assert hyimg(*arguments)[0] == 0
+        _, out, _ = hyimg("check", arguments[2], "--json")
+        assert "all" in {verdict["loads"] for verdict in json.loads(out)["consumers"]}
 
 
 def test_check_counts_kinds_and_finds_what_does_nothing(hyimg, files, tmp_path):
