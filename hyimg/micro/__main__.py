@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command == "build":
             build(given.directory, _recipe(given), report, resume=given.resume, device=given.device)
         else:
-            measure(given.directory, report, num_prompts=given.prompts, num_vae_pictures=given.vae_pictures)
+            measure(
+                given.directory,
+                report,
+                num_prompts=given.prompts,
+                num_vae_pictures=given.vae_pictures,
+                infer_arguments=shlex.split(given.infer),
+            )
     except HyimgError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -67,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     judging.add_argument("--prompts", type=int, default=200, help="held-out prompts (200)")
     judging.add_argument(
         "--vae_pictures", type=int, default=200, help="pictures that the VAE reconstructs (200)"
+    )
+    judging.add_argument(
+        "--infer",
+        default="",
+        metavar="FLAGS",
+        help='more flags of `hyimg infer`, such as "--guidance_scale 1"',
     )
 
     for command in (making, judging):

@@ -7,6 +7,7 @@ killed at any moment goes on to the same bits.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,7 +28,9 @@ StepLoss = Callable[[int], tuple[Tensor, Mapping[str, float]]]
 """Number of a step, from 0 -> its loss with its graph, and what the log tells of it beside."""
 
 LOG_EVERY = 20
+"""Steps of which a line of the log has the means."""
 SAVE_EVERY = 200
+"""A multiple of it, so that what is logged does not depend on where a build was stopped."""
 
 
 class Fitting:
@@ -79,20 +82,22 @@ class Fitting:
             MetricsLog(self.log_path, before) as log,
             self.report.task(self.name, self.fit.steps, unit="step", done=first) as task,
         ):
-            started, told = time.monotonic(), first
+            started, sums = time.monotonic(), Counter[str]()
             for step in range(first, last):
-                loss, details = self._step(step)
+                values = self._step(step)
                 done = step + 1
+                sums.update({**values, "steps": 1, "seconds_a_step": time.monotonic() - started})
+                started = time.monotonic()
                 if done % LOG_EVERY == 0 or done == self.fit.steps:
-                    seconds = (time.monotonic() - started) / (done - told)
-                    log.write({"step": done, "loss": loss, **details, "seconds_a_step": round(seconds, 3)})
-                    started, told = time.monotonic(), done
-                task.advance(detail=f"loss {loss:.4f}")
+                    number = sums.pop("steps")
+                    log.write({"step": done, **{name: round(sums[name] / number, 5) for name in sums}})
+                    sums.clear()
+                task.advance(detail=f"loss {values['loss']:.4f}")
                 if done % SAVE_EVERY == 0 or done == last:
                     self._save(done, log)
         self.model.load_state_dict(self.model.state_dict() | self.ema.state_dict()["averages"])
 
-    def _step(self, step: int) -> tuple[float, Mapping[str, float]]:
+    def _step(self, step: int) -> dict[str, float]:
         loss, details = self.loss(step)
         self.stepper.backward(loss)
         norm = self.stepper.gradient_norm()
@@ -103,7 +108,7 @@ class Fitting:
             )
         self.stepper.step()
         self.ema.update()
-        return value, {**details, "gradient_norm": norm}
+        return {"loss": value, **details, "gradient_norm": norm}
 
     def _resume(self) -> tuple[int, str]:
         """How many steps were done, and the log of them."""

@@ -41,17 +41,26 @@ SCORES: Mapping[str, Sequence[str]] = {
 
 
 def measure(
-    directory: Path, report: Reporter, *, num_prompts: int = 200, num_vae_pictures: int = 200
+    directory: Path,
+    report: Reporter,
+    *,
+    num_prompts: int = 200,
+    num_vae_pictures: int = 200,
+    infer_arguments: Sequence[str] = (),
 ) -> dict[str, object]:
-    """Measures the model of a folder, writes the measures there, and returns them."""
+    """Measures the model of a folder, writes the measures there, and returns them.
+
+    `infer_arguments` are more flags of `hyimg infer`, and stand in the measures.
+    """
     folder = ModelFolder(directory)
     scenes = held_out_scenes(num_prompts)
     prompts = [phrase(scene, number % NUM_FULL_PHRASINGS) for number, scene in enumerate(scenes)]
     measures: dict[str, object] = {
         "prompts": num_prompts,
+        "infer_arguments": list(infer_arguments),
         "vae_psnr": reconstruction_psnr(folder, scenes[:num_vae_pictures]),
-        "with_prompt": score(scenes, verdicts(folder, prompts)),
-        "prompt_emptied": score(scenes, verdicts(folder, [""] * num_prompts)),
+        "with_prompt": score(scenes, verdicts(folder, prompts, *infer_arguments)),
+        "prompt_emptied": score(scenes, verdicts(folder, [""] * num_prompts, *infer_arguments)),
     }
     atomic_write_text(directory / MEASURES, json.dumps(measures, indent=1) + "\n")
     report.note(json.dumps(measures, indent=1))

@@ -14,7 +14,7 @@ class Fit:
     learning_rate: float
     warmup_steps: int = 100
     weight_decay: float = 0.01
-    ema_decay: float = 0.995
+    ema_decay: float = 0.999
     max_grad_norm: float = 1.0
 
 
@@ -23,8 +23,8 @@ class Recipe:
     """A whole build."""
 
     seed: int = 0
-    vae: Fit = Fit(steps=3000, batch_size=8, learning_rate=1e-3)
-    dit: Fit = Fit(steps=8000, batch_size=64, learning_rate=1e-3, ema_decay=0.999)
+    vae: Fit = Fit(steps=8000, batch_size=8, learning_rate=5e-4)
+    dit: Fit = Fit(steps=8000, batch_size=64, learning_rate=5e-4)
     vae_crop: int = 64
     """Side of the part of each picture that the VAE is trained on first: what it learns is local, and a quarter costs a
     quarter."""

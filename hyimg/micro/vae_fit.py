@@ -18,7 +18,7 @@ from hyimg.micro.recipe import Recipe
 from hyimg.micro.world import PICTURE_SIDE, draw, training_scene
 from hyimg.model.random_init import init_random
 from hyimg.model.vae import SCALING_FACTOR, VAE
-from hyimg.randomness import keyed_random
+from hyimg.randomness import keyed_generator, keyed_random
 
 # Colours are most of a picture's pixels and edges few: a step from pixel to pixel counts beside the pixel
 EDGE_WEIGHT = 0.5
@@ -32,14 +32,21 @@ _LOG_VARIANCE = -5.0
 
 
 def make_vae(seed: int) -> VAE:
-    """The VAE with its first weights, a function of the seed: blocks that change nothing, so that what a picture's
-    parts are on average passes through at once."""
+    """The VAE with its first weights, a function of the seed.
+
+    Blocks change nothing at first, so that what a picture's parts are on average passes through at once. The last way
+    up adds a texture, the same in every picture: a norm would make of an even picture the same numbers whatever its
+    colour, but for what it stands beside.
+    """
     vae = VAE(MICRO_VAE)
     init_random(vae, seed)
+    texture = "decoder.up.4.upsample.conv.bias"
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
             if ".conv2." in name or ".proj_out." in name:
                 parameter.zero_()
+            if name == texture:
+                parameter.copy_(torch.randn(parameter.shape, generator=keyed_generator(seed, "texture")))
         bias = vae.encoder.conv_out.bias
         assert bias is not None
         bias[MICRO_VAE.latent_channels :] = _LOG_VARIANCE
