@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from hyimg.errors import HyimgError
+from hyimg.memory.device import resolve_device
 from hyimg.micro.build import build
 from hyimg.micro.measure import measure
 from hyimg.micro.recipe import Recipe
@@ -25,7 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         if given.threads is not None:
             torch.set_num_threads(given.threads)
         if given.command == "build":
-            build(given.directory, _recipe(given), report, resume=given.resume, device=given.device)
+            device = resolve_device(given.device)
+            build(given.directory, _recipe(given), report, resume=given.resume, device=device)
         else:
             measure(
                 given.directory,
@@ -52,6 +54,13 @@ def _recipe(given: argparse.Namespace) -> Recipe:
     )
 
 
+def _positive_number(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     usual = Recipe()
     parser = argparse.ArgumentParser(prog="python -m hyimg.micro", description=__doc__)
@@ -60,20 +69,20 @@ def _parser() -> argparse.ArgumentParser:
     making = commands.add_parser("build", help="train the micro model from nothing")
     making.add_argument("--resume", action="store_true", help="go on with the build in the folder")
     making.add_argument("--device", default="cpu", help="cpu or cuda")
+    making.add_argument("--seed", type=int, default=usual.seed, help="of the weights, pictures and draws (0)")
     for flag, value, what in (
-        ("--seed", usual.seed, "of the weights, pictures and draws"),
         ("--vae_steps", usual.vae.steps, "training steps of the VAE"),
         ("--vae_batch_size", usual.vae.batch_size, "pictures a step"),
         ("--pictures", usual.num_pictures, "pictures that the DiT is trained on"),
         ("--dit_steps", usual.dit.steps, "training steps of the DiT"),
         ("--dit_batch_size", usual.dit.batch_size, "pictures a step"),
     ):
-        making.add_argument(flag, type=int, default=value, help=f"{what} ({value})")
+        making.add_argument(flag, type=_positive_number, default=value, help=f"{what} ({value})")
 
     judging = commands.add_parser("measure", help="render held-out prompts and judge the pictures")
-    judging.add_argument("--prompts", type=int, default=200, help="held-out prompts (200)")
+    judging.add_argument("--prompts", type=_positive_number, default=200, help="held-out prompts (200)")
     judging.add_argument(
-        "--vae_pictures", type=int, default=200, help="pictures that the VAE reconstructs (200)"
+        "--vae_pictures", type=_positive_number, default=200, help="pictures that the VAE reconstructs (200)"
     )
     judging.add_argument(
         "--infer",
@@ -84,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (making, judging):
         command.add_argument("directory", type=Path, help="the model's folder")
-        command.add_argument("--threads", type=int, help="threads of torch")
+        command.add_argument("--threads", type=_positive_number, help="threads of torch")
     return parser
 
 

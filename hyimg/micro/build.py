@@ -28,13 +28,14 @@ from hyimg.model.folder import ModelFolder
 from hyimg.model.loading import load_vae
 from hyimg.report import Reporter, size_text
 
+CPU = torch.device("cpu")
 RECIPE, MANIFEST = "recipe.json", "manifest.json"
 WORK, PICTURES = "work", "pictures.safetensors"
 """Folder of states and encoded pictures, which may be removed when the manifest is there."""
 
 
 def build(
-    directory: Path, recipe: Recipe, report: Reporter, *, resume: bool = False, device: str = "cpu"
+    directory: Path, recipe: Recipe, report: Reporter, *, resume: bool = False, device: torch.device = CPU
 ) -> ModelFolder:
     """Makes the model in `directory`, and returns its files.
 
@@ -77,13 +78,13 @@ def _claim(directory: Path, recipe: Recipe, *, resume: bool) -> None:
     atomic_write_text(path, text)
 
 
-def _fit_vae(folder: ModelFolder, recipe: Recipe, report: Reporter, device: str) -> None:
+def _fit_vae(folder: ModelFolder, recipe: Recipe, report: Reporter, device: torch.device) -> None:
     vae = make_vae(recipe.seed).to(device)
     _fitting(folder, "vae", vae, recipe, VAELoss(vae, recipe), report).run()
     _write(folder.vae, vae, torch.float16)
 
 
-def _fit_dit(folder: ModelFolder, recipe: Recipe, report: Reporter, device: str) -> None:
+def _fit_dit(folder: ModelFolder, recipe: Recipe, report: Reporter, device: torch.device) -> None:
     # the VAE as everyone will load it, rounded to its file's type
     vae = load_vae(folder.vae, device=device, dtype=torch.float32)
     path = folder.directory / WORK / PICTURES
@@ -116,7 +117,7 @@ def _write(path: Path, model: nn.Module, dtype: torch.dtype) -> None:
     atomic_write_bytes(path, save(state))
 
 
-def _write_manifest(folder: ModelFolder, recipe: Recipe, device: str) -> None:
+def _write_manifest(folder: ModelFolder, recipe: Recipe, device: torch.device) -> None:
     """How the files were made; written last."""
     files = [*folder.files().values(), folder.tokenizer]
     manifest = {
@@ -127,7 +128,7 @@ def _write_manifest(folder: ModelFolder, recipe: Recipe, device: str) -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": platform.processor() or platform.machine(),
-        "device": device,
+        "device": str(device),
         "threads": torch.get_num_threads(),
     }
     atomic_write_text(folder.directory / MANIFEST, json.dumps(manifest, indent=1) + "\n")

@@ -7,9 +7,9 @@ killed at any moment goes on to the same bits.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -82,16 +82,16 @@ class Fitting:
             MetricsLog(self.log_path, before) as log,
             self.report.task(self.name, self.fit.steps, unit="step", done=first) as task,
         ):
-            started, sums = time.monotonic(), Counter[str]()
+            started, window = time.monotonic(), list[dict[str, float]]()
             for step in range(first, last):
                 values = self._step(step)
                 done = step + 1
-                sums.update({**values, "steps": 1, "seconds_a_step": time.monotonic() - started})
+                window.append({**values, "seconds_a_step": time.monotonic() - started})
                 started = time.monotonic()
                 if done % LOG_EVERY == 0 or done == self.fit.steps:
-                    number = sums.pop("steps")
-                    log.write({"step": done, **{name: round(sums[name] / number, 5) for name in sums}})
-                    sums.clear()
+                    means = {name: fmean(one[name] for one in window) for name in window[0]}
+                    log.write({"step": done, **{name: round(mean, 5) for name, mean in means.items()}})
+                    window.clear()
                 task.advance(detail=f"loss {values['loss']:.4f}")
                 if done % SAVE_EVERY == 0 or done == last:
                     self._save(done, log)
