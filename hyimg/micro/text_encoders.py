@@ -1,10 +1,10 @@
 """The text encoders of the micro model: random and frozen, made so that the DiT can tell words and their places apart.
 
-What the DiT needs of a token's state is the word and what stood just before it ("a red circle on a blue
-background" has the same words as its opposite, and the DiT gives text no positions of its own). A random transformer
-keeps words apart, by its embedding, but attends to all earlier tokens alike, the template's too: the word before is
-a fortieth of what it adds. So here queries and keys are the same for every word, and turned such that rotary positions
-let each head look back a fixed number of tokens.
+What the DiT needs of a token's state is the word and what stood just before it (a red circle on blue has the same
+words as a blue circle on red, and the DiT gives text no positions of its own). A random transformer keeps words apart,
+by its embedding, but attends to whatever its weights happen to favour: which word stood before shows well for some
+words and hardly for others. So here queries and keys are the same for every word, and turned such that rotary positions let
+each head look back a fixed number of tokens.
 
 Shapes: N query heads, M key/value heads, K head size
 """
