@@ -16,6 +16,7 @@ ROWS = [
     {"cli"},
     {"pipeline"},
     {"stages"},
+    {"micro"},
     {"training"},
     {"flow"},
     {"lora", "encoders", "data"},

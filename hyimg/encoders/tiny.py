@@ -50,11 +50,17 @@ _MAX_TRAINING_CHARS = 10_000
 
 
 def make_tiny_qwen(
-    path: Path | str, *, arch: QwenArch = TINY_QWEN, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+    path: Path | str,
+    *,
+    arch: QwenArch = TINY_QWEN,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes a Qwen2.5-VL file in the ComfyUI layout: all layers, final norm, head, some vision tensors.
 
-    The number of heads, which no shape tells, stands in the metadata as `check_qwen` reads it.
+    `weights`, by name, take the place of random ones. The number of heads, which no shape tells, stands in the
+    metadata as `check_qwen` reads it.
     """
     shapes: dict[str, tuple[int, ...]] = {
         arch.embedding_name: (arch.vocab, arch.hidden),
@@ -69,19 +75,29 @@ def make_tiny_qwen(
     }
     config = {"hidden": arch.hidden, "heads": arch.num_heads}
     meta = {"what": "random weights in the layout of Qwen2.5-VL", "config": config, "seed": seed}
-    _write(path, shapes, f"qwen {seed}", dtype, {"meta": json.dumps(meta)})
+    _write(path, shapes, f"qwen {seed}", dtype, {"meta": json.dumps(meta)}, weights or {})
 
 
 def make_tiny_byt5(
     path: Path | str, *, arch: ByT5Arch = TINY_BYT5, seed: int = 0, dtype: torch.dtype = torch.float16
 ) -> None:
     """Writes a glyph byT5 file with the real vocabulary of 1510 rows."""
-    _write(path, arch.read_shapes(), f"byt5 {seed}", dtype, {})
+    _write(path, arch.read_shapes(), f"byt5 {seed}", dtype, {}, {})
 
 
-def _write(path: Path | str, shapes: Shapes, key: str, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+def _write(
+    path: Path | str,
+    shapes: Shapes,
+    key: str,
+    dtype: torch.dtype,
+    metadata: dict[str, str],
+    given: Mapping[str, Tensor],
+) -> None:
     # One metadata entry at most: the library writes several in an order that changes from run to run
-    tensors = {name: _random_weight(name, shape, key).to(dtype) for name, shape in shapes.items()}
+    tensors = {
+        name: (given[name] if name in given else _random_weight(name, shape, key)).to(dtype)
+        for name, shape in shapes.items()
+    }
     atomic_write_bytes(path, save(tensors, metadata=metadata))
 
 
