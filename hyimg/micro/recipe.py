@@ -25,7 +25,7 @@ class Recipe:
     seed: int = 0
     vae: Fit = Fit(steps=8000, batch_size=2, learning_rate=5e-4)
     dit: Fit = Fit(steps=8000, batch_size=64, learning_rate=5e-4)
-    vae_stages: tuple[tuple[float, int], ...] = ((0.4, 32), (0.4, 64), (0.2, 128))
+    vae_stages: tuple[tuple[float, int], ...] = ((0.3, 32), (0.5, 64), (0.2, 128))
     """Shares of the VAE's steps, and the side of the parts of pictures that it is trained on in each.
 
     A step has the pixels of `vae.batch_size` whole pictures whatever the side: small parts are many, of as many
