@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     making.add_argument("--seed", type=int, default=usual.seed, help="of the weights, pictures and draws (0)")
     for flag, value, what in (
         ("--vae_steps", usual.vae.steps, "training steps of the VAE"),
-        ("--vae_batch_size", usual.vae.batch_size, "pictures a step"),
+        ("--vae_batch_size", usual.vae.batch_size, "whole pictures a step, or as many pixels of parts"),
         ("--pictures", usual.num_pictures, "pictures that the DiT is trained on"),
         ("--dit_steps", usual.dit.steps, "training steps of the DiT"),
         ("--dit_batch_size", usual.dit.batch_size, "pictures a step"),

@@ -23,13 +23,14 @@ class Recipe:
     """A whole build."""
 
     seed: int = 0
-    vae: Fit = Fit(steps=8000, batch_size=8, learning_rate=5e-4)
+    vae: Fit = Fit(steps=8000, batch_size=2, learning_rate=5e-4)
     dit: Fit = Fit(steps=8000, batch_size=64, learning_rate=5e-4)
-    vae_crop: int = 64
-    """Side of the part of each picture that the VAE is trained on first: what it learns is local, and a quarter costs a
-    quarter."""
-    vae_whole_share: float = 0.1
-    """Share of the VAE's steps, the last ones, with whole pictures."""
+    vae_stages: tuple[tuple[float, int], ...] = ((0.3, 32), (0.5, 64), (0.2, 128))
+    """Shares of the VAE's steps, and the side of the parts of pictures that it is trained on in each.
+
+    A step has the pixels of `vae.batch_size` whole pictures whatever the side: small parts are many, of as many
+    pictures, and colours are learnt from many.
+    """
     num_pictures: int = 8192
     """Pictures that the DiT is trained on, encoded once."""
     caption_dropout: float = 0.1

@@ -3,8 +3,8 @@
 What the DiT needs of a token's state is the word and what stood just before it (a red circle on blue has the same
 words as a blue circle on red, and the DiT gives text no positions of its own). A random transformer keeps words apart,
 by its embedding, but attends to whatever its weights happen to favour: which word stood before shows well for some
-words and hardly for others. So here queries and keys are the same for every word, and turned such that rotary positions
-let each head look back a fixed number of tokens.
+words and hardly for others. So here queries and keys are the same for every word, and turned such that rotary
+positions let each head look back a fixed number of tokens.
 
 Shapes: N query heads, M key/value heads, K head size
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from hyimg.flow.noise import latent_noise
 from hyimg.micro.architectures import MICRO_VAE
 from hyimg.micro.recipe import Recipe
 from hyimg.micro.world import PICTURE_SIDE, draw, training_scene
+from hyimg.model.architecture import SPATIAL_FACTOR
 from hyimg.model.random_init import init_random
 from hyimg.model.vae import SCALING_FACTOR, VAE
 from hyimg.randomness import keyed_generator, keyed_random
@@ -73,17 +75,26 @@ class VAELoss:
             return vae_loss(self.vae, image_BCHW, self.recipe.seed, step)
 
     def images(self, step: int) -> Tensor:
-        """Pictures that come in this step only; parts of them before the last share of steps."""
-        recipe, size = self.recipe, self.recipe.vae.batch_size
-        image_BCHW = to_image([(recipe.seed, step * size + place) for place in range(size)])
-        if step >= recipe.vae.steps * (1 - recipe.vae_whole_share):
-            return image_BCHW
-        crops = []
-        for place, image_CHW in enumerate(image_BCHW):
-            random = keyed_random(recipe.seed, step, place, "crop")
-            top, left = (random.randrange(PICTURE_SIDE - recipe.vae_crop + 1) for _ in range(2))
-            crops.append(image_CHW[:, top : top + recipe.vae_crop, left : left + recipe.vae_crop])
-        return torch.stack(crops)
+        """What a step is shown: parts, of the side of its stage, of pictures that come in this step only."""
+        side = self._side(step)
+        number = self.recipe.vae.batch_size * (PICTURE_SIDE // side) ** 2
+        first = step * self.recipe.vae.batch_size * (PICTURE_SIDE // SPATIAL_FACTOR) ** 2
+        parts = []
+        for place, image_CHW in enumerate(
+            to_image([(self.recipe.seed, first + one) for one in range(number)])
+        ):
+            random = keyed_random(self.recipe.seed, step, place, "part")
+            top, left = (random.randrange(PICTURE_SIDE - side + 1) for _ in range(2))
+            parts.append(image_CHW[:, top : top + side, left : left + side])
+        return torch.stack(parts)
+
+    def _side(self, step: int) -> int:
+        ends = accumulate(share for share, _ in self.recipe.vae_stages)
+        sides = [side for _, side in self.recipe.vae_stages]
+        return next(
+            (side for end, side in zip(ends, sides, strict=True) if step < end * self.recipe.vae.steps),
+            sides[-1],
+        )
 
 
 def vae_loss(vae: VAE, image_BCHW: Tensor, *key: int) -> tuple[Tensor, Mapping[str, float]]:

@@ -8,7 +8,9 @@ Shapes: H W pixels, R G B the three levels of a colour
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, islice, product
 
 import numpy as np
@@ -86,11 +88,12 @@ def is_held_out(shape: str, color: str, background: str) -> bool:
     return keyed_seed("held out", shape, color, background) % _HELD_OUT_SHARE == 0
 
 
-def combinations(*, held_out: bool) -> list[tuple[str, str, str]]:
+@cache
+def combinations(*, held_out: bool) -> tuple[tuple[str, str, str], ...]:
     """Shape, colour and background of all scenes that are trained, or of all that are not."""
     pairs = [(color, background) for color, background in product(COLORS, COLORS) if color != background]
     everything = ((shape, *pair) for shape in SHAPES for pair in pairs)
-    return [one for one in everything if is_held_out(*one) == held_out]
+    return tuple(one for one in everything if is_held_out(*one) == held_out)
 
 
 def training_scene(seed: int, number: int) -> Scene:
@@ -105,7 +108,7 @@ def held_out_scenes(number: int, *, seed: int = 0) -> list[Scene]:
     return list(islice(dict.fromkeys(islice(scenes, 20 * number)), number))
 
 
-def _scene(choices: list[tuple[str, str, str]], key: tuple[object, ...]) -> Scene:
+def _scene(choices: Sequence[tuple[str, str, str]], key: tuple[object, ...]) -> Scene:
     random = keyed_random(*key)
     shape, color, background = random.choice(choices)
     position, size = random.choice(list(POSITIONS)), random.choice(list(SIZES))

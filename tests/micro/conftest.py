@@ -14,9 +14,9 @@ from hyimg.report import SilentReporter
 _USUAL = Recipe()
 SHORT = replace(
     _USUAL,
-    vae=replace(_USUAL.vae, steps=4, batch_size=2, warmup_steps=1),
+    vae=replace(_USUAL.vae, steps=4, batch_size=1, warmup_steps=1),
     dit=replace(_USUAL.dit, steps=4, batch_size=4, warmup_steps=1),
-    vae_whole_share=0.25,
+    vae_stages=((0.5, 32), (0.25, 64), (0.25, 128)),
     num_pictures=6,
 )
 
