@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from hyimg.errors import HyimgError, did_you_mean
 from hyimg.model.attention_backends import PACKAGES, Kernels, load_kernels
+from hyimg.model.padding import stack_padded
 
 # Attention with its lengths bound and heads merged, (q_BTNK, k_BTNK, v_BTNK) -> (B, T, D): what a block calls
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -55,11 +55,13 @@ class AttentionBackend:
         return self._one_by_one(q_BTNK, k_BTNK, v_BTNK, lengths)
 
     def _one_by_one(self, q_BTNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor, lengths: Sequence[int]) -> Tensor:
-        rows = []
-        for sample, length in enumerate(lengths):
-            q, k, v = (x[sample : sample + 1, :length] for x in (q_BTNK, k_BTNK, v_BTNK))
-            rows.append(self.kernels.dense(q, k, v)[0])
-        return pad_sequence(rows, batch_first=True)
+        # Samples come of `unbind`, whose gradient is one copy: that of indexing is a batch of zeros for each of them
+        samples = zip(q_BTNK.unbind(), k_BTNK.unbind(), v_BTNK.unbind(), lengths, strict=True)
+        rows = [
+            self.kernels.dense(q[None, :length], k[None, :length], v[None, :length])[0]
+            for q, k, v, length in samples
+        ]
+        return stack_padded(rows)
 
 
 def torch_attention(q_BTNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor) -> Tensor:

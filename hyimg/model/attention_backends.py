@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from hyimg.errors import HyimgError
+from hyimg.model.padding import pack, unpack
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 Ragged = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
@@ -182,16 +182,6 @@ PACKAGES = {
 def _deterministic() -> bool:
     """Whether torch was told to prefer reproducible kernels; flash-attn's backward pass has a slower one."""
     return torch.are_deterministic_algorithms_enabled()
-
-
-def pack(x_BTNK: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The real tokens of all samples, one after another: (P, N, K)."""
-    return torch.cat([x_TNK[:length] for x_TNK, length in zip(x_BTNK, lengths, strict=True)])
-
-
-def unpack(x_PNK: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The samples again, zeros behind the shorter ones: (B, T, N, K) with T the longest."""
-    return pad_sequence(list(torch.split(x_PNK, list(lengths))), batch_first=True)
 
 
 @functools.lru_cache(maxsize=8)

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from hyimg.model.architecture import DiTArch
 from hyimg.model.attention import bind_lengths, resolve_attention
 from hyimg.model.blocks import DoubleBlock, SingleBlock
 from hyimg.model.conditioning import TextCondition
 from hyimg.model.layers import ByT5Mapper, FinalLayer, PatchEmbed, TimestepEmbedder
+from hyimg.model.padding import stack_padded
 from hyimg.model.rope import image_rope
 from hyimg.model.text_refiner import TextRefiner
 
@@ -124,11 +124,12 @@ class DiT(nn.Module):
             return txt_BTD, text_lengths
         byt5_BSE, byt5_lengths = _trim(text.byt5_BSE.to(self.dtype), text.byt5_mask_BS)
         byt5_BSD: Tensor = self.byt5_in(byt5_BSE)
+        samples = zip(byt5_BSD.unbind(), byt5_lengths, txt_BTD.unbind(), text_lengths, strict=True)
         rows = [
-            torch.cat([byt5_BSD[i, :num_byt5], txt_BTD[i, :num_text]])
-            for i, (num_byt5, num_text) in enumerate(zip(byt5_lengths, text_lengths, strict=True))
+            torch.cat([byt5_SD[:num_byt5], txt_TD[:num_text]])
+            for byt5_SD, num_byt5, txt_TD, num_text in samples
         ]
-        return pad_sequence(rows, batch_first=True), [len(row) for row in rows]
+        return stack_padded(rows), [len(row) for row in rows]
 
 
 def _trim(states_BTW: Tensor, mask_BT: Tensor) -> tuple[Tensor, list[int]]:
