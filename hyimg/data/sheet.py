@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,9 @@ def contact_sheet(
     widths = [max(row[i].width for row in tiles) for i in range(len(column_labels))]
     heights = [max(tile.height for tile in row) for row in tiles]
     width = sum(widths) + _PADDING * (len(widths) + 1)
+    longest_label = max(label_font(label).getlength(_one_line(label)) for label in row_labels)
+    # small pictures are given room for their prompts
+    width = max(width, min(math.ceil(longest_label) + 2 * _PADDING, MAX_TILE + 2 * _PADDING))
     sheet, draw = _blank(width, _LINE + sum(heights) + (_LINE + _PADDING) * len(rows) + _PADDING)
     x = _PADDING
     for label, column_width in zip(column_labels, widths, strict=True):
@@ -119,11 +123,15 @@ def _scaled(image: Image.Image, longest: int) -> Image.Image:
     return tile
 
 
+def _one_line(text: str) -> str:
+    """What can be measured and drawn: Pillow takes single lines only, and a file's name need not be UTF-8."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
 def _label(
     draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str, width: int, *, keep_end: bool = False
 ) -> None:
-    text = text.encode("utf-8", "replace").decode()  # a file's name need not be UTF-8
-    text = " ".join(text.split())  # Pillow measures and draws single lines only
+    text = _one_line(text)
     font = label_font(text)
     whole = text
     length = len(whole)

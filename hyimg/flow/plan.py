@@ -38,7 +38,7 @@ from hyimg.memory.device import compute_dtype, resolve_device, vae_dtype
 from hyimg.memory.dit import DiTOptions
 from hyimg.memory.out_of_memory import Changes, Place, rendering_changes, text_encoder_changes
 from hyimg.memory.swap_plan import max_blocks_to_swap
-from hyimg.model.architecture import NATIVE_SIZES, DiTArch
+from hyimg.model.architecture import DIT_2_1, DIT_2_1_DISTILLED, NATIVE_SIZES, DiTArch
 from hyimg.model.header_check import read_dit
 from hyimg.model.loading import check_dit, load_vae
 from hyimg.model.safetensors_file import Checkpoint
@@ -74,7 +74,7 @@ class RenderPlan:
         """
         specs = decide(prompts, self.defaults, self.plugins)
         self.samplers(specs)
-        warn_of_sizes(specs, report)
+        warn_of_sizes(specs, self.arch, report)
         return specs
 
     def samplers(self, specs: Sequence[RenderSpec]) -> dict[str, Callable[..., Tensor]]:
@@ -204,8 +204,10 @@ def plan_renders(
     return replace(plan, specs=specs, loras=loras, facts=facts)
 
 
-def warn_of_sizes(specs: Sequence[RenderSpec], report: Reporter) -> None:
-    """Warns, once for each, of sizes that the model was not made for."""
+def warn_of_sizes(specs: Sequence[RenderSpec], arch: DiTArch, report: Reporter) -> None:
+    """Warns, once for each, of sizes that HunyuanImage-2.1 was not made for; other models have sizes of their own."""
+    if arch not in (DIT_2_1, DIT_2_1_DISTILLED):
+        return
     for width, height in dict.fromkeys((spec.width, spec.height) for spec in specs):
         if (width, height) not in NATIVE_SIZES:
             report.warning(

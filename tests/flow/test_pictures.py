@@ -40,3 +40,13 @@ def test_names_that_differ_in_their_ends_are_told_apart_on_narrow_columns() -> N
     assert early.tobytes() != late.tobytes()
     assert early.tobytes() != other.tobytes()
     assert early.size == late.size == other.size
+
+
+def test_a_sheet_of_small_pictures_has_room_for_their_prompts() -> None:
+    tile = Image.new("RGB", (64, 64))
+    label = "a large yellow ring on the left, blue background"
+    whole, cut = (contact_sheet([[tile]], [text], ["base"]) for text in (label, label[:-1]))
+    assert whole.width > 64 * 3
+    assert whole.tobytes() != cut.tobytes()
+    long = contact_sheet([[tile]], [label * 9], ["base"])
+    assert long.width < 600

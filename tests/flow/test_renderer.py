@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from hyimg.errors import HyimgError
+from hyimg.flow.plan import warn_of_sizes
 from hyimg.flow.prompts import RenderDefaults, parse_prompt_line
 from hyimg.flow.renderer import attach_lora, check_loras, decide, resolve_samplers
-from hyimg.model.architecture import DIT_TINY
+from hyimg.model.architecture import DIT_2_1, DIT_TINY
 from hyimg.model.dit import DiT
 from hyimg.plugins import load_plugins
 from hyimg.report import SilentReporter
@@ -70,3 +71,23 @@ def test_attaching_says_how_much_of_the_model_is_adapted(tmp_path: Path) -> None
     path = write_lora(tmp_path / "small.safetensors", "double_blocks.0.img_attn_proj")
     attach_lora(DiT(DIT_TINY), path, 0.5, Listener())
     assert notes == [f"LoRA {path}: 1 of 32 modules, multiplier 0.5"]
+
+
+def test_sizes_that_2_1_was_not_made_for_are_told_once_and_of_no_other_model() -> None:
+    class Listener(SilentReporter):
+        def __init__(self) -> None:
+            self.warnings: list[str] = []
+
+        def warning(self, message: str) -> None:
+            self.warnings.append(message)
+
+    prompts = [
+        parse_prompt_line(line) for line in ("x --w 96 --h 64", "y --w 96 --h 64", "z --w 2048 --h 2048")
+    ]
+    specs = decide(prompts, RenderDefaults(), load_plugins([]))
+    real, tiny = Listener(), Listener()
+    warn_of_sizes(specs, DIT_2_1, real)
+    warn_of_sizes(specs, DIT_TINY, tiny)
+    (warning,) = real.warnings
+    assert "96x64 (width x height) is not one of the sizes that the model was made for" in warning
+    assert tiny.warnings == []
