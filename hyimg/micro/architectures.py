@@ -14,7 +14,7 @@ from hyimg.model.architecture import DiTArch, VAEArch
 
 LATENT_CHANNELS = 32
 
-MICRO_VAE = VAEArch(channels=(64, 64, 64, 64, 64, 64), latent_channels=LATENT_CHANNELS, layers_per_block=1)
+MICRO_VAE = VAEArch(channels=(64, 64, 64, 64, 128, 128), latent_channels=LATENT_CHANNELS, layers_per_block=1)
 MICRO_QWEN = QwenArch(
     hidden=128, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=16, intermediate=256, vocab=TINY_VOCAB
 )

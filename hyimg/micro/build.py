@@ -79,7 +79,7 @@ def _claim(directory: Path, recipe: Recipe, *, resume: bool) -> None:
 
 
 def _fit_vae(folder: ModelFolder, recipe: Recipe, report: Reporter, device: torch.device) -> None:
-    vae = make_vae(recipe.seed).to(device)
+    vae = make_vae(recipe).to(device)
     _fitting(folder, "vae", vae, recipe, VAELoss(vae, recipe), report).run()
     _write(folder.vae, vae, torch.float16)
 

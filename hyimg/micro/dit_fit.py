@@ -5,8 +5,9 @@ Shapes: N pictures of the set, B batch, C latent channels, H W latent pixels
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,11 +23,11 @@ from hyimg.flow import losses, timesteps
 from hyimg.micro.architectures import MICRO_DIT
 from hyimg.micro.recipe import Recipe
 from hyimg.micro.vae_fit import to_image
-from hyimg.micro.world import caption, training_scene
+from hyimg.micro.world import Scene, caption, training_scene
 from hyimg.model.dit import DiT
 from hyimg.model.random_init import init_random
 from hyimg.model.vae import VAE
-from hyimg.randomness import keyed_generator, keyed_random
+from hyimg.randomness import keyed_random
 from hyimg.report import Reporter
 from hyimg.training.objective import Objective
 
@@ -103,27 +104,41 @@ class DiTLoss:
         return loss_B.mean(), {}
 
     def batch(self, step: int) -> LoadedBatch:
-        """The batch of a step; a sample's noise is keyed by its place, since a picture may come twice."""
+        """The batch of a step; a sample's noise is keyed by its place, since a picture may come twice.
+
+        Its captions have one phrasing, and all or none of its pictures have a letter: then prompts are equally long,
+        and attention takes the batch at once. A step in ten, by the usual recipe, has no captions.
+        """
         size, seed = self.recipe.dit.batch_size, self.recipe.seed
-        chosen_B = torch.randint(
-            len(self.pictures), (size,), generator=keyed_generator(seed, "pictures", step)
-        )
-        prompts = [self._prompt(step, place, number) for place, number in enumerate(chosen_B.tolist())]
+        random = keyed_random(seed, step, "batch")
+        with_letter = random.choice(self._scenes()).letter is not None
+        numbers = [
+            number for number, scene in enumerate(self._scenes()) if (scene.letter is not None) == with_letter
+        ]
+        chosen = random.choices(numbers, k=size)
+        if random.random() < self.recipe.caption_dropout:
+            prompts = [EMPTY_PROMPT] * size
+        else:
+            prompts = [caption(self._scenes()[number], seed, step) for number in chosen]
+        chosen_B = torch.tensor(chosen)
         return LoadedBatch(
             mean_BCHW=self.pictures.mean_NCHW[chosen_B],
             std_BCHW=self.pictures.std_NCHW[chosen_B],
             text=[(encoded.text_TD, encoded.byt5_SE) for encoded in self.encoders.encode(prompts)],
             weights_B=torch.ones(size),
             alpha_mask_BHW=None,
-            sample_keys=tuple(str(number) for number in chosen_B.tolist()),
+            sample_keys=tuple(str(number) for number in chosen),
             repeats=tuple(range(size)),
             prompts=tuple(prompts),
             network_multiplier=1.0,
             custom_attributes=(None,) * size,
         )
 
-    def _prompt(self, step: int, place: int, number: int) -> str:
-        key = (self.recipe.seed, step, place)
-        if keyed_random(*key, "caption dropout").random() < self.recipe.caption_dropout:
-            return EMPTY_PROMPT
-        return caption(training_scene(PICTURE_SEED, number), *key)
+    def _scenes(self) -> Sequence[Scene]:
+        return _scenes(len(self.pictures))
+
+
+@cache
+def _scenes(number: int) -> tuple[Scene, ...]:
+    """What the set's pictures show."""
+    return tuple(training_scene(PICTURE_SEED, one) for one in range(number))

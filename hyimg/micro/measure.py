@@ -1,7 +1,7 @@
 """`python -m hyimg.micro measure`: how well a micro model does what it was trained for, as `measures.json`.
 
-Prompts that were never trained are rendered by `hyimg infer` with its default steps and guidance, and judged; so are as
-many empty prompts with the same seeds, which must do no better than chance. The VAE reconstructs held-out pictures.
+Prompts that were never trained are rendered by `hyimg infer` with its default steps, and judged; so are as many empty
+prompts with the same seeds, which must do no better than chance. The VAE reconstructs held-out pictures.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 
 import torch
@@ -26,6 +27,12 @@ from hyimg.model.loading import load_vae
 from hyimg.report import Reporter
 
 MEASURES = "measures.json"
+
+FLAGS = ("--guidance_scale", "1")
+"""The micro model is rendered without guidance: the default scale exaggerates what its few latent values say."""
+
+NUM_FIRST = 40
+"""Of these prompts the scores are told apart too, so that a test can repeat them in less time."""
 
 GOAL = ("shape", "color", "background")
 """What must be right in a picture for it to count."""
@@ -55,36 +62,50 @@ def measure(
     folder = ModelFolder(directory)
     scenes = held_out_scenes(num_prompts)
     prompts = [phrase(scene, number % NUM_FULL_PHRASINGS) for number, scene in enumerate(scenes)]
+    found = verdicts(folder, prompts, *infer_arguments)
     measures: dict[str, object] = {
         "prompts": num_prompts,
-        "infer_arguments": list(infer_arguments),
+        "infer_arguments": [*FLAGS, *infer_arguments],
         "vae_psnr": reconstruction_psnr(folder, scenes[:num_vae_pictures]),
-        "with_prompt": score(scenes, verdicts(folder, prompts, *infer_arguments)),
+        "with_prompt": score(scenes, found),
+        "with_first_prompts": {
+            "prompts": len(found[:NUM_FIRST]),
+            **score(scenes[:NUM_FIRST], found[:NUM_FIRST]),
+        },
         "prompt_emptied": score(scenes, verdicts(folder, [""] * num_prompts, *infer_arguments)),
     }
-    atomic_write_text(directory / MEASURES, json.dumps(measures, indent=1) + "\n")
-    report.note(json.dumps(measures, indent=1))
+    text = json.dumps(measures, indent=1, allow_nan=False)
+    atomic_write_text(directory / MEASURES, text + "\n")
+    report.note(text)
     return measures
 
 
 def score(scenes: Sequence[Scene], found: Sequence[Verdict]) -> dict[str, float]:
-    """Shares of pictures in which what is named is right; `letter` of the scenes that have one."""
+    """Shares of pictures in which what is named is right.
+
+    `letter` is of the scenes that have one and `no_letter_unasked` of the others, each only where there are such.
+    """
     pairs = list(zip(scenes, found, strict=True))
-    shares = {
-        name: _share([verdict.right(scene, aspects) for scene, verdict in pairs])
-        for name, aspects in SCORES.items()
+    right = {
+        name: [verdict.right(scene, aspects) for scene, verdict in pairs] for name, aspects in SCORES.items()
     }
-    quoting = [verdict.right(scene, ("letter",)) for scene, verdict in pairs if scene.letter is not None]
-    silent = [verdict.right(scene, ("letter",)) for scene, verdict in pairs if scene.letter is None]
-    return {**shares, "letter": _share(quoting), "no_letter_unasked": _share(silent)}
-
-
-def _share(right: Sequence[bool]) -> float:
-    return round(sum(right) / len(right), 4) if right else float("nan")
+    for name, is_quoted in (("letter", True), ("no_letter_unasked", False)):
+        right[name] = [
+            verdict.right(scene, ("letter",))
+            for scene, verdict in pairs
+            if (scene.letter is not None) == is_quoted
+        ]
+    return {name: round(fmean(all_), 4) for name, all_ in right.items() if all_}
 
 
 def verdicts(folder: ModelFolder, prompts: Sequence[str], *arguments: str) -> list[Verdict]:
-    """What `hyimg infer` renders of the prompts, image i with seed i, judged; `arguments` are more of its flags.
+    """What is to be seen on the pictures that `render` makes."""
+    return [judge(picture) for picture in render(folder, prompts, *arguments)]
+
+
+def render(folder: ModelFolder, prompts: Sequence[str], *arguments: str) -> list[Image.Image]:
+    """What `hyimg infer` makes of the prompts, image i with seed i; `arguments` are more of its flags
+    than `FLAGS`, which they may change.
 
     Raises RunError where the command fails.
     """
@@ -92,23 +113,14 @@ def verdicts(folder: ModelFolder, prompts: Sequence[str], *arguments: str) -> li
         listing, results = Path(scratch) / "prompts.json", Path(scratch) / "pictures"
         requests = [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(prompts)]
         listing.write_text(json.dumps(requests), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "hyimg",
-            "infer",
-            "--from_file",
-            str(listing),
-            "--save_path",
-            str(results),
-        ]
-        command += ["--image_size", str(PICTURE_SIDE), str(PICTURE_SIDE), *arguments]
+        command = [sys.executable, "-m", "hyimg", "infer", "--from_file", str(listing)]
+        command += ["--save_path", str(results), "--image_size", str(PICTURE_SIDE), str(PICTURE_SIDE)]
         command += [word for option, path in folder.files().items() for word in (f"--{option}", str(path))]
-        if subprocess.run(command, check=False).returncode != 0:
+        if subprocess.run([*command, *FLAGS, *arguments], check=False).returncode != 0:
             raise RunError("`hyimg infer` failed", hint="its message stands above")
         paths = sorted(results.glob("*.png"))
         assert len(paths) == len(prompts)
-        return [judge(Image.open(path)) for path in paths]
+        return [Image.open(path).convert("RGB") for path in paths]
 
 
 @torch.no_grad()

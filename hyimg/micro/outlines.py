@@ -40,7 +40,7 @@ def _cross(x: Points, y: Points) -> npt.NDArray[np.bool_]:
 
 
 def _ring(x: Points, y: Points) -> npt.NDArray[np.bool_]:
-    return (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.5**2)
+    return (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.55**2)
 
 
 def _heart(x: Points, y: Points) -> npt.NDArray[np.bool_]:

@@ -23,17 +23,13 @@ class Recipe:
     """A whole build."""
 
     seed: int = 0
-    vae: Fit = Fit(steps=8000, batch_size=2, learning_rate=5e-4)
-    dit: Fit = Fit(steps=8000, batch_size=64, learning_rate=5e-4)
-    vae_stages: tuple[tuple[float, int], ...] = ((0.3, 32), (0.5, 64), (0.2, 128))
-    """Shares of the VAE's steps, and the side of the parts of pictures that it is trained on in each.
-
-    A step has the pixels of `vae.batch_size` whole pictures whatever the side: small parts are many, of as many
-    pictures, and colours are learnt from many.
-    """
-    num_pictures: int = 8192
+    vae: Fit = Fit(steps=4500, batch_size=2, learning_rate=1e-4)
+    dit: Fit = Fit(steps=5000, batch_size=64, learning_rate=1e-3, warmup_steps=200)
+    vae_start_pictures: int = 128
+    """Pictures that the VAE's first weights are computed from."""
+    num_pictures: int = 5120
     """Pictures that the DiT is trained on, encoded once."""
     caption_dropout: float = 0.1
-    """Share of samples that the DiT is shown without their caption, for guidance."""
+    """Share of steps that show the DiT pictures without their captions, for guidance."""
     flow_shift: float = 5.0
     """Shift of the noise levels, which are drawn as `--timestep_sampling sigma` draws them."""

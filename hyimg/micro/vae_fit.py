@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -16,42 +15,30 @@ from torch import Tensor
 from hyimg.flow.noise import latent_noise
 from hyimg.micro.architectures import MICRO_VAE
 from hyimg.micro.recipe import Recipe
-from hyimg.micro.world import PICTURE_SIDE, draw, training_scene
-from hyimg.model.architecture import SPATIAL_FACTOR
+from hyimg.micro.vae_start import start_as_linear_codec
+from hyimg.micro.world import draw, training_scene
 from hyimg.model.random_init import init_random
 from hyimg.model.vae import SCALING_FACTOR, VAE
-from hyimg.randomness import keyed_generator, keyed_random
 
 # Colours are most of a picture's pixels and edges few: a step from pixel to pixel counts beside the pixel
 EDGE_WEIGHT = 0.5
+# Shapes and letters are a tenth of a picture: their pixels, and those about them, count so many times as much
+FOCUS = 4.0
+FOCUS_REACH = 3
 # Holds the posterior open a little, so that the decoder forgives a latent that is slightly off
 KL_WEIGHT = 1e-4
 # Brings each latent channel to mean 0 and deviation 1 after the factor that every HunyuanImage VAE is scaled by
 SPREAD_WEIGHT = 0.05
 
-# Log variance that the encoder begins with: a deviation of a twelfth
-_LOG_VARIANCE = -5.0
 
-
-def make_vae(seed: int) -> VAE:
-    """The VAE with its first weights, a function of the seed.
-
-    Blocks change nothing at first, so that what a picture's parts are on average passes through at once. The last way
-    up adds a texture, the same in every picture: a norm would make of an even picture the same numbers whatever its
-    colour, but for what it stands beside.
-    """
+def make_vae(recipe: Recipe) -> VAE:
+    """The VAE with its first weights, a function of the recipe: a linear codec of the small world's pictures."""
+    seed = recipe.seed
     vae = VAE(MICRO_VAE)
     init_random(vae, seed)
-    texture = "decoder.up.4.upsample.conv.bias"
-    with torch.no_grad():
-        for name, parameter in vae.named_parameters():
-            if ".conv2." in name or ".proj_out." in name:
-                parameter.zero_()
-            if name == texture:
-                parameter.copy_(torch.randn(parameter.shape, generator=keyed_generator(seed, "texture")))
-        bias = vae.encoder.conv_out.bias
-        assert bias is not None
-        bias[MICRO_VAE.latent_channels :] = _LOG_VARIANCE
+    start_as_linear_codec(
+        vae, to_image([(seed, number) for number in range(recipe.vae_start_pictures)]), seed
+    )
     return vae
 
 
@@ -75,26 +62,9 @@ class VAELoss:
             return vae_loss(self.vae, image_BCHW, self.recipe.seed, step)
 
     def images(self, step: int) -> Tensor:
-        """What a step is shown: parts, of the side of its stage, of pictures that come in this step only."""
-        side = self._side(step)
-        number = self.recipe.vae.batch_size * (PICTURE_SIDE // side) ** 2
-        first = step * self.recipe.vae.batch_size * (PICTURE_SIDE // SPATIAL_FACTOR) ** 2
-        parts = []
-        for place, image_CHW in enumerate(
-            to_image([(self.recipe.seed, first + one) for one in range(number)])
-        ):
-            random = keyed_random(self.recipe.seed, step, place, "part")
-            top, left = (random.randrange(PICTURE_SIDE - side + 1) for _ in range(2))
-            parts.append(image_CHW[:, top : top + side, left : left + side])
-        return torch.stack(parts)
-
-    def _side(self, step: int) -> int:
-        ends = accumulate(share for share, _ in self.recipe.vae_stages)
-        sides = [side for _, side in self.recipe.vae_stages]
-        return next(
-            (side for end, side in zip(ends, sides, strict=True) if step < end * self.recipe.vae.steps),
-            sides[-1],
-        )
+        """What a step is shown: pictures that come in this step only."""
+        size, seed = self.recipe.vae.batch_size, self.recipe.seed
+        return to_image([(seed, step * size + place) for place in range(size)])
 
 
 def vae_loss(vae: VAE, image_BCHW: Tensor, *key: int) -> tuple[Tensor, Mapping[str, float]]:
@@ -108,14 +78,29 @@ def vae_loss(vae: VAE, image_BCHW: Tensor, *key: int) -> tuple[Tensor, Mapping[s
     noise_BCHW = latent_noise(mean_BCHW.shape, seed, step, "vae", 0, "posterior").to(mean_BCHW.device)
     latent_BCHW = mean_BCHW + torch.exp(0.5 * log_variance_BCHW) * noise_BCHW
     decoded_BCHW = vae.decode(latent_BCHW * SCALING_FACTOR).float()
-    pixels = F.l1_loss(decoded_BCHW, image_BCHW)
-    edges = sum(F.l1_loss(decoded_BCHW.diff(dim=dim), image_BCHW.diff(dim=dim)) for dim in (-1, -2))
+    weight_B1HW = _focus(image_BCHW)
+    pixels = (weight_B1HW * (decoded_BCHW - image_BCHW).abs()).mean()
+    edges = sum(
+        (
+            weight_B1HW.narrow(dim, 1, weight_B1HW.shape[dim] - 1)
+            * (decoded_BCHW - image_BCHW).diff(dim=dim).abs()
+        ).mean()
+        for dim in (-1, -2)
+    )
     kl = 0.5 * (mean_BCHW.square() + log_variance_BCHW.exp() - 1 - log_variance_BCHW).mean()
     spread = _spread(mean_BCHW * SCALING_FACTOR)
     loss = pixels + EDGE_WEIGHT * edges + KL_WEIGHT * kl + SPREAD_WEIGHT * spread
     psnr = -10 * torch.log10(F.mse_loss(decoded_BCHW.clamp(-1, 1), image_BCHW) / 4)
     details = {"l1": pixels, "kl": kl, "spread": spread, "psnr": psnr}
     return loss, {name: round(float(value.detach()), 5) for name, value in details.items()}
+
+
+def _focus(image_BCHW: Tensor) -> Tensor:
+    """How much each pixel counts (B, 1, H, W), 1 in the mean of a batch. The first pixel is always background."""
+    differs_B1HW = (image_BCHW - image_BCHW[..., :1, :1]).abs().amax(1, keepdim=True) > 0.1
+    near_B1HW = F.max_pool2d(differs_B1HW.float(), 2 * FOCUS_REACH + 1, stride=1, padding=FOCUS_REACH)
+    weight_B1HW = 1 + (FOCUS - 1) * near_B1HW
+    return weight_B1HW / weight_B1HW.mean()
 
 
 def _spread(latent_BCHW: Tensor) -> Tensor:

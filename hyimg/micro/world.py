@@ -48,7 +48,7 @@ POSITIONS: dict[str, tuple[int, int]] = {
 STEP = 26
 """Pixels of a step."""
 
-SIZES: dict[str, float] = {"small": 16.0, "large": 27.0}
+SIZES: dict[str, float] = {"small": 20.0, "large": 27.0}
 """Radii in pixels."""
 
 LETTER_CELL = 96

@@ -16,7 +16,7 @@ SHORT = replace(
     _USUAL,
     vae=replace(_USUAL.vae, steps=4, batch_size=1, warmup_steps=1),
     dit=replace(_USUAL.dit, steps=4, batch_size=4, warmup_steps=1),
-    vae_stages=((0.5, 32), (0.25, 64), (0.25, 128)),
+    vae_start_pictures=2,
     num_pictures=6,
 )
 

@@ -24,11 +24,11 @@ from hyimg.errors import HyimgError, RunError
 from hyimg.micro import fitting
 from hyimg.micro.architectures import MICRO_DIT, MICRO_QWEN, MICRO_VAE
 from hyimg.micro.build import MANIFEST, PICTURES, RECIPE, WORK, build
-from hyimg.micro.dit_fit import DiTLoss, EncodedPictures, make_dit
+from hyimg.micro.dit_fit import PICTURE_SEED, DiTLoss, EncodedPictures, make_dit
 from hyimg.micro.fitting import Fitting
 from hyimg.micro.recipe import Fit
 from hyimg.micro.text_encoders import open_text_encoders
-from hyimg.micro.vae_fit import VAELoss, make_vae, to_image, vae_loss
+from hyimg.micro.vae_fit import VAELoss, _focus, make_vae, to_image, vae_loss
 from hyimg.micro.world import NUM_FULL_PHRASINGS, Scene, draw, phrase, training_scene
 from hyimg.model.loading import check_dit, check_vae
 from hyimg.report import SilentReporter
@@ -100,7 +100,7 @@ def test_a_fit_that_is_resumed_ends_in_the_same_bits(model, micro, short, tmp_pa
 
     def fit(folder: Path) -> Fitting:
         if model == "vae":
-            module = make_vae(0)
+            module = make_vae(short)
             loss = VAELoss(module, short)
         else:
             module = make_dit(0)
@@ -247,7 +247,7 @@ def test_heads_look_back_a_fixed_number_of_tokens(micro):
 
 
 def test_the_vae_loss_asks_for_the_picture_and_for_unit_latents(short):
-    vae = make_vae(0)
+    vae = make_vae(short)
     image_BCHW = to_image([(0, 0), (0, 1)])[..., :64, :64]
     loss, details = vae_loss(vae, image_BCHW, 0, 0)
     loss.backward()
@@ -255,32 +255,62 @@ def test_the_vae_loss_asks_for_the_picture_and_for_unit_latents(short):
     assert details["l1"] > 0
 
 
-def test_the_vae_is_shown_parts_of_growing_size_and_always_as_many_pixels(short):
-    loss = VAELoss(make_vae(0), short)
-    shown = [loss.images(step) for step in range(4)]
-    assert [image_BCHW.shape for image_BCHW in shown] == [
-        (16, 3, 32, 32),
-        (16, 3, 32, 32),
-        (4, 3, 64, 64),
-        (1, 3, 128, 128),
-    ]
-    assert torch.equal(shown[1], loss.images(1))
-    assert not torch.equal(shown[0], shown[1])
+def test_shapes_and_letters_count_four_times_in_the_vae_loss():
+    scene = Scene("circle", "red", "blue", "in the middle", "small")
+    image_BCHW = torch.from_numpy(draw(scene)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    weight_B1HW = _focus(image_BCHW)
+    assert weight_B1HW.mean() == pytest.approx(1, abs=1e-5)
+    middle, rim, background = (
+        weight_B1HW[0, 0, 64, 64],
+        weight_B1HW[0, 0, 64, 64 - 22],
+        weight_B1HW[0, 0, 0, 0],
+    )
+    assert middle == rim
+    assert middle / background == pytest.approx(4)
+    assert weight_B1HW[0, 0, 64, 64 - 26] == background
+    assert torch.equal(_focus(image_BCHW[..., :20, :20]), torch.ones(1, 1, 20, 20))
 
 
-def test_captions_are_dropped_and_drawn_anew(micro, short):
+def test_the_vae_is_shown_new_pictures_in_every_step(short):
+    loss = VAELoss(make_vae(short), replace(short, vae=replace(short.vae, batch_size=2)))
+    first, second = loss.images(0), loss.images(1)
+    assert first.shape == (2, 3, 128, 128)
+    assert torch.equal(first, loss.images(0))
+    pictures = torch.cat([first, second])
+    assert len({picture.numpy().tobytes() for picture in pictures}) == 4
+
+
+def test_the_vae_begins_as_a_codec_of_pictures_that_it_was_not_made_from(short):
+    """Random weights give about 5 dB, and a colour that is the same everywhere 9."""
+    vae = make_vae(replace(short, vae_start_pictures=32))
+    image_BCHW = to_image([(7, number) for number in range(6)])
+    with torch.no_grad():
+        latent_BCHW = vae.encode(image_BCHW).mean_BCHW
+        error = (vae.decode(latent_BCHW).clamp(-1, 1) - image_BCHW).square().mean()
+    assert -10 * torch.log10(error / 4) > 18
+    assert 0.7 < latent_BCHW.std() < 1.5
+
+
+def test_a_step_has_captions_of_one_phrasing_with_or_without_letters_or_none_at_all(micro, short):
     pictures = EncodedPictures.load(micro.directory / WORK / PICTURES)
-    recipe = replace(short, caption_dropout=0.25, dit=replace(short.dit, batch_size=64))
+    recipe = replace(short, caption_dropout=0.25, dit=replace(short.dit, batch_size=3))
     loss = DiTLoss(make_dit(0), pictures, open_text_encoders(micro), recipe)
-    batch, again = loss.batch(3), loss.batch(3)
-    assert batch.prompts == again.prompts
-    assert torch.equal(batch.mean_BCHW, again.mean_BCHW)
-    assert 4 <= batch.prompts.count("") <= 30
-    by_picture = {}
-    for key, prompt in zip(batch.sample_keys, batch.prompts, strict=True):
-        by_picture.setdefault(key, set()).add(prompt)
-    assert max(len(prompts) for prompts in by_picture.values()) > 2
-    assert loss.batch(4).prompts != batch.prompts
+    steps = [loss.batch(step) for step in range(60)]
+    again = loss.batch(3)
+    assert again.prompts == steps[3].prompts
+    assert torch.equal(again.mean_BCHW, steps[3].mean_BCHW)
+    empty = [set(batch.prompts) == {""} for batch in steps]
+    assert 5 <= sum(empty) <= 27
+    told = [batch for batch, is_empty in zip(steps, empty, strict=True) if not is_empty]
+    for batch in told:
+        assert len({len(text_TD) for text_TD, _ in batch.text}) == 1
+        for key, prompt, mean_CHW in zip(batch.sample_keys, batch.prompts, batch.mean_BCHW, strict=True):
+            scene = training_scene(PICTURE_SEED, int(key))
+            assert f"{scene.color} {scene.shape}" in prompt
+            assert (scene.letter is not None) == ('"' in prompt)
+            assert torch.equal(mean_CHW, pictures.mean_NCHW[int(key)])
+    assert len({"background with" in batch.prompts[0] for batch in told}) == 2
+    assert len({'"' in batch.prompts[0] for batch in told}) == 2
 
 
 def test_pictures_of_the_set_are_those_that_their_captions_tell_of(micro):

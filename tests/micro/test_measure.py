@@ -13,7 +13,7 @@ from hyimg.errors import RunError
 from hyimg.micro import measure as measuring
 from hyimg.micro.__main__ import main
 from hyimg.micro.judge import judge
-from hyimg.micro.measure import MEASURES, reconstruction_psnr, score, verdicts
+from hyimg.micro.measure import FLAGS, MEASURES, reconstruction_psnr, score, verdicts
 from hyimg.micro.world import draw, held_out_scenes
 from hyimg.model.folder import ModelFolder
 from hyimg.model.vae import Posterior
@@ -74,7 +74,7 @@ def test_measures_are_written(micro, capsys):
     flags = ["--prompts", "2", "--vae_pictures", "2", "--infer", "--infer_steps 2"]
     assert main(["measure", str(micro.directory), *flags]) == 0
     measures = json.loads((micro.directory / MEASURES).read_text())
-    assert measures["infer_arguments"] == ["--infer_steps", "2"]
+    assert measures["infer_arguments"] == [*FLAGS, "--infer_steps", "2"]
     assert measures["prompts"] == 2
     assert set(measures["with_prompt"]) == set(measures["prompt_emptied"])
     assert measures["vae_psnr"] > 0
