@@ -15,7 +15,7 @@ PLUGIN_FILES := $(wildcard plugins/*/pyproject.toml plugins/*/*.py plugins/*/*/*
 .PHONY: help setup demo test test-long check fix docs bench clean
 
 help:
-	@echo "make demo       run the whole pipeline on a tiny model: pictures and a LoRA file in demo/"
+	@echo "make demo       teach a micro model a new shape, with the real commands: pictures and a LoRA in demo/"
 	@echo "make test       run the tests (12 minutes at most on two cores)"
 	@echo "make test-long  run the tests that take longer"
 	@echo "make check      formatting, lint, types, generated docs"
@@ -30,6 +30,10 @@ $(VENV)/made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+$(VENV)/installed: $(VENV)/made pyproject.toml $(CONSTRAINTS)
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable .
+	@touch $@
+
 $(VENV)/installed-%: $(VENV)/made pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[$*]'
 	@touch $@
@@ -42,7 +46,7 @@ $(VENV)/plugins-%: $(VENV)/installed-% $(PLUGIN_FILES)
 
 setup: $(VENV)/plugins-dev
 
-demo: $(VENV)/installed-demo
+demo: $(VENV)/installed
 	$(BIN)/hyimg demo demo --overwrite
 
 test: $(VENV)/plugins-test

@@ -26,6 +26,7 @@ PARTS = {
     "vae_memory": "encoding and decoding 1024x1024: whole, in chunks of rows, in tiles",
     "samples": "only if named: the start of `train` on up to 100,000 samples (minutes)",
     "text_encoder": "only if named: the text encoder layer by layer, beside the whole one (minutes)",
+    "choices": "only if named: what training options change in the demo's outcome (many minutes)",
     "gpu": "with `--device cuda`: the full model's training step, streaming, memory caps, and the floor",
 }
 _ON_CPU = ("commands", "loading", "training_step", "training_run", "streaming", "vae_memory")
@@ -67,7 +68,7 @@ def _parse(arguments: list[str] | None) -> tuple[Options, list[str], Path]:
         "--only",
         default="",
         metavar="TEXT",
-        help="of training_step and gpu: configurations with TEXT in the name",
+        help="of training_step, gpu and choices: configurations with TEXT in the name",
     )
     parser.add_argument(
         "--toy", action="store_true", help="tiny sizes: shows that it works, measures nothing"

@@ -44,14 +44,14 @@ class Options:
     only: str = ""
 
 
-def apart(function: Callable[..., Any], *arguments: object) -> Any:
+def apart(function: Callable[..., Any], *arguments: object, **named: object) -> Any:
     """Calls a function of a module in a process of its own, and gives its answer.
 
     What imports torch must not run here: a command's peak would begin with this process's size, which the
     system counts until the command itself starts.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        return pool.submit(function, *arguments, **named).result()
 
 
 def command(name: str, arguments: list[str], runs: int, beside: str = "") -> Figure:

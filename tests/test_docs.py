@@ -13,7 +13,9 @@ import torch
 from hyimg import hookspecs
 from hyimg.cli.app import run
 from hyimg.config import load
+from hyimg.micro.demo_folder import DemoFolder
 from hyimg.plugins import load_plugins
+from hyimg.stages.demo import command_lines
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,6 +32,16 @@ def commands(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_in_the_docs_parse(page, monkeypatch, capsys):
+    check_that_they_parse(commands(page), monkeypatch, capsys)
+
+
+def test_the_commands_of_the_demo_parse(tmp_path, monkeypatch, capsys):
+    lines = command_lines(DemoFolder(tmp_path / "a demo"))
+    assert {line[0] for line in lines} >= {"dataset", "train", "sample", "infer", "convert-comfy", "check"}
+    check_that_they_parse(lines, monkeypatch, capsys)
+
+
+def check_that_they_parse(lines, monkeypatch, capsys):
     class ParsedError(BaseException):
         pass
 
@@ -39,7 +51,7 @@ def test_commands_in_the_docs_parse(page, monkeypatch, capsys):
     # what comes after parsing: the files that the docs name are not here
     monkeypatch.setattr(load, "check_inputs", parsed)
     monkeypatch.setattr(load, "picture_options", lambda path, given: {"prompt": "x"})
-    for command in commands(page):
+    for command in lines:
         keys = ("dit", "dataset_config", "output_dir") if command[0] == "train" else ("dit", "vae")
         monkeypatch.setattr(load, "read_run_file", lambda path, keys=keys: dict.fromkeys(keys, "x"))
         if command[0] in (

@@ -108,7 +108,7 @@ def make_tiny_model(config: MakeTinyModelConfig, report: Reporter) -> None:
 
 
 def demo(config: DemoConfig, report: Reporter) -> None:
-    """Run the whole pipeline on a tiny model and a few photographs, printing each command."""
+    """Teach a micro model that comes with hyimg a new shape, with the real commands, each printed."""
     from hyimg.stages.demo import demo
 
     demo(config, report)

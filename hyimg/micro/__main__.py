@@ -1,4 +1,4 @@
-"""`python -m hyimg.micro`: builds the micro model, and measures it."""
+"""`python -m hyimg.micro`: builds the micro model, measures it, and proves what the demo has taught it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hyimg.errors import HyimgError
 from hyimg.memory.device import resolve_device
 from hyimg.micro.build import build
 from hyimg.micro.measure import measure
+from hyimg.micro.proof import prove
 from hyimg.micro.recipe import Recipe
 from hyimg.report import ConsoleReporter
 
@@ -28,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command == "build":
             device = resolve_device(given.device)
             build(given.directory, _recipe(given), report, resume=given.resume, device=device)
+        elif given.command == "prove":
+            prove(given.directory, report, num_seeds=given.seeds)
         else:
             measure(
                 given.directory,
@@ -40,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted; `--resume` goes on", file=sys.stderr)
+        hint = "; `--resume` goes on" if given.command == "build" else ""
+        print(f"error: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 
@@ -72,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     making.add_argument("--seed", type=int, default=usual.seed, help="of the weights, pictures and draws (0)")
     for flag, value, what in (
         ("--vae_steps", usual.vae.steps, "training steps of the VAE"),
-        ("--vae_batch_size", usual.vae.batch_size, "whole pictures a step, or as many pixels of parts"),
+        ("--vae_batch_size", usual.vae.batch_size, "pictures a step"),
         ("--pictures", usual.num_pictures, "pictures that the DiT is trained on"),
         ("--dit_steps", usual.dit.steps, "training steps of the DiT"),
         ("--dit_batch_size", usual.dit.batch_size, "pictures a step"),
@@ -90,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FLAGS",
         help='more flags of `hyimg infer`, such as "--guidance_scale 1"',
     )
+
+    proving = commands.add_parser("prove", help="judge what the demo's LoRA has taught")
+    proving.add_argument(
+        "--seeds", type=_positive_number, default=100, help="pictures of each comparison (100)"
+    )
+    proving.add_argument("directory", type=Path, help="folder of `hyimg demo`")
+    proving.set_defaults(threads=None)  # what takes time are processes of their own
 
     for command in (making, judging):
         command.add_argument("directory", type=Path, help="the model's folder")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, training_run, training_step
+from benchmarks import choices, gpu, training_run, training_step
 from benchmarks.__main__ import PARTS, main, row
 from benchmarks.figures import Figure, Options
 from benchmarks.models import TOY, attach_lora, inputs, random_dit
@@ -184,6 +184,14 @@ def test_a_simulated_step_takes_no_less_than_its_larger_lane_and_no_more_than_bo
     assert total < computing + copying
     operations = sum(block_operations(DIT_2_1, TOKENS).values())
     assert computing == pytest.approx(3 * operations / machine.compute)
+
+
+@pytest.mark.long
+def test_choices_are_trained_and_judged_with_several_seeds(tmp_path: Path) -> None:
+    (figure,) = choices.measure(toy(tmp_path, only="as the demo"))
+    assert set(figure.values) == {"with trigger", "without", "validation loss"}
+    assert all(len(values) == 2 for values in figure.values.values())
+    assert all(0 <= share <= 1 for share in (*figure.values["with trigger"], *figure.values["without"]))
 
 
 # ---- the command

@@ -1,0 +1,75 @@
+"""`python -m hyimg.micro prove`: whether the demo's LoRA has taught what it was to teach, as `proof.json`.
+
+The trigger word is rendered in colours, places and sizes that the demo's pictures do not have together, prompts of
+known shapes beside it, each with and without the LoRA, all by `hyimg infer`; the judge counts.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from hyimg.cache.atomic import atomic_write_text
+from hyimg.errors import HyimgError
+from hyimg.micro.concept import concept_prompt, new_concept_scenes
+from hyimg.micro.demo_folder import DemoFolder
+from hyimg.micro.judge import judge
+from hyimg.micro.measure import render, score, verdicts
+from hyimg.micro.world import NUM_FULL_PHRASINGS, Scene, held_out_scenes, phrase
+from hyimg.report import Reporter
+
+PROOF = "proof.json"
+
+NUM_EQUAL = 8
+"""Pictures that are compared, bit for bit, at multiplier 0."""
+
+
+def prove(directory: Path, report: Reporter, *, num_seeds: int = 100) -> dict[str, object]:
+    """Measures the demo of a folder, writes the measures there, and returns them.
+
+    Raises HyimgError where the folder holds no demo that was run to its end, RunError where rendering fails.
+    """
+    demo = DemoFolder(directory)
+    for path in (demo.lora, demo.comfy_lora, demo.metrics):
+        if not path.is_file():
+            again = f"hyimg demo --overwrite {shlex.quote(str(directory))}"
+            raise HyimgError(f"there is no `{path}`", hint=f"run the demo to its end: `{again}`")
+    new, known = new_concept_scenes(num_seeds), held_out_scenes(num_seeds)
+    new_prompts = [concept_prompt(scene, number) for number, scene in enumerate(new)]
+    known_prompts = [phrase(scene, number % NUM_FULL_PHRASINGS) for number, scene in enumerate(known)]
+    lora = ["--lora_weight", str(demo.lora), "--lora_multiplier"]
+    comfy = ["--lora_weight", str(demo.comfy_lora), "--lora_multiplier"]
+
+    def scored(scenes: Sequence[Scene], prompts: Sequence[str], *arguments: str) -> dict[str, float]:
+        return score(scenes, verdicts(demo.model, prompts, *arguments))
+
+    base = render(demo.model, new_prompts)
+    muted = render(demo.model, new_prompts[:NUM_EQUAL], *lora, "0")
+    losses = validation_losses(demo.metrics)
+    proof: dict[str, object] = {
+        "seeds": num_seeds,
+        "trigger": {
+            "base": score(new, [judge(picture) for picture in base]),
+            "lora": scored(new, new_prompts, *lora, "1"),
+            "comfy_lora": scored(new, new_prompts, *comfy, "1"),
+        },
+        "without_trigger": {
+            "base": scored(known, known_prompts),
+            "lora": scored(known, known_prompts, *lora, "1"),
+        },
+        "multiplier_0_equals_base": [one.tobytes() for one in muted]
+        == [one.tobytes() for one in base[:NUM_EQUAL]],
+        "validation_loss": {"first": losses[0], "last": losses[-1]},
+    }
+    text = json.dumps(proof, indent=1, allow_nan=False)
+    atomic_write_text(directory / PROOF, text + "\n")
+    report.note(text)
+    return proof
+
+
+def validation_losses(metrics: Path) -> list[float]:
+    """The validation losses of a run in their order, the first before any step."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [line["validation_loss"] for line in lines if "validation_loss" in line]
