@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from hyimg.cache.atomic import atomic_write_text
-from hyimg.errors import RunError
+from hyimg.errors import HyimgError, RunError
 from hyimg.flow.pictures import decode_image
 from hyimg.micro.judge import Verdict, judge
 from hyimg.micro.world import NUM_FULL_PHRASINGS, PICTURE_SIDE, Scene, draw, held_out_scenes, phrase
@@ -57,9 +57,13 @@ def measure(
 ) -> dict[str, object]:
     """Measures the model of a folder, writes the measures there, and returns them.
 
-    `infer_arguments` are more flags of `hyimg infer`, and stand in the measures.
+    `infer_arguments` are more flags of `hyimg infer`, and stand in the measures. Raises HyimgError where a file of the
+    model is missing, RunError where rendering fails.
     """
     folder = ModelFolder(directory)
+    for path in (*folder.files().values(), folder.tokenizer):
+        if not path.is_file():
+            raise HyimgError(f"there is no `{path}`", hint="give the folder of a build that has ended")
     scenes = held_out_scenes(num_prompts)
     prompts = [phrase(scene, number % NUM_FULL_PHRASINGS) for number, scene in enumerate(scenes)]
     found = verdicts(folder, prompts, *infer_arguments)

@@ -51,6 +51,13 @@ def test_a_command_that_fails_is_told(micro, tmp_path):
         verdicts(ModelFolder(tmp_path), ["a circle"])
 
 
+def test_a_folder_without_a_model_is_told_before_anything_is_rendered(tmp_path, capfd):
+    assert main(["measure", str(tmp_path / "none"), "--prompts", "1"]) == 2
+    err = capfd.readouterr().err
+    assert f"there is no `{tmp_path / 'none'}" in err
+    assert "infer" not in err
+
+
 def test_psnr_is_of_what_the_decoder_gives(micro, monkeypatch):
     class Shifted:
         """Gives every picture back 10 of 255 levels off."""
