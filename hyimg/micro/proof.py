@@ -34,7 +34,8 @@ def prove(directory: Path, report: Reporter, *, num_seeds: int = 100) -> dict[st
     demo = DemoFolder(directory)
     for path in (demo.lora, demo.comfy_lora, demo.metrics):
         if not path.is_file():
-            again = f"hyimg demo --overwrite {shlex.quote(str(directory))}"
+            flag = "--overwrite " if demo.marker.is_file() else ""
+            again = f"hyimg demo {flag}{shlex.quote(str(directory))}"
             raise HyimgError(f"there is no `{path}`", hint=f"run the demo to its end: `{again}`")
     new, known = new_concept_scenes(num_seeds), held_out_scenes(num_seeds)
     new_prompts = [concept_prompt(scene, number) for number, scene in enumerate(new)]

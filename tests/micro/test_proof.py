@@ -65,4 +65,7 @@ def test_a_folder_without_a_finished_demo_is_told(demo, capsys):
     assert main(["prove", str(demo.directory)]) == 2
     err = capsys.readouterr().err
     assert f"there is no `{demo.comfy_lora}`" in err
-    assert f"hyimg demo --overwrite '{demo.directory}'" in err
+    assert f"`hyimg demo '{demo.directory}'`" in err
+    demo.marker.touch()
+    assert main(["prove", str(demo.directory)]) == 2
+    assert f"`hyimg demo --overwrite '{demo.directory}'`" in capsys.readouterr().err
