@@ -165,7 +165,7 @@ def plan_renders(
     defaults = render_defaults(sampling, arch)
     if negative_prompt is not None:
         defaults = replace(defaults, negative_prompt=negative_prompt)
-    device = resolve_device(compute.device)
+    device = resolve_device(compute.device, report)
     plan = RenderPlan(
         dit=dit,
         arch=arch,

@@ -44,7 +44,8 @@ def require_compiler(device: torch.device) -> None:
     """Raises HyimgError where torch cannot compile for a device: said before a run, not at its first step."""
     if device.type == "cuda":
         _require_triton(device)
-        _require_program("CC", ("gcc", "clang"), "C")
+        if sys.platform != "win32":  # where Triton brings its own
+            _require_program("CC", ("gcc", "clang"), "C")
     elif device.type == "cpu":
         _require_program("CXX", _CPP_COMPILERS.get(sys.platform, ("g++",)), "C++")
     else:

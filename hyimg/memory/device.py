@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+
 import torch
 
 from hyimg.errors import HyimgError
 from hyimg.memory.processes import Processes
+from hyimg.report import Reporter
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def resolve_device(name: str | None) -> torch.device:
+def resolve_device(name: str | None, report: Reporter | None = None) -> torch.device:
     """The device of that name, or the best there is: CUDA, then Apple's MPS, then the CPU.
 
     Of several processes each gets the CUDA device of its local rank, unless the name has a number. Raises
-    HyimgError for a name that torch does not know or a device that this machine has not.
+    HyimgError for a name that torch does not know or a device that this machine has not; `report` is warned where the
+    CPU is taken although there is an NVIDIA driver.
     """
     processes = Processes.current()
     if processes.world > 1 and torch.cuda.is_available() and name in (None, "cuda"):
@@ -22,7 +26,14 @@ def resolve_device(name: str | None) -> torch.device:
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        if report is not None and shutil.which("nvidia-smi") is not None:
+            report.warning(
+                f"an NVIDIA driver is there, but torch {torch.__version__} sees no CUDA device: all is computed on the "
+                "CPU. Install a CUDA build of torch (https://pytorch.org/get-started), or give `--device cpu`"
+            )
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

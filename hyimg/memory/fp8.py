@@ -154,6 +154,20 @@ def _compiled_decode() -> Any:
     return torch.compile(_decode, dynamic=True, fullgraph=True)
 
 
+@functools.cache
+def _decodes_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether what was compiled for the device gives every e4m3 number its value.
+
+    torch before 2.7.1 compiles `view` from int16 to float16 to a conversion of the number (pytorch issue 151156): every
+    weight would be wrong, and nothing would fail.
+    """
+    byte_GK = torch.arange(256, dtype=torch.uint8, device=device).view(2, -1)
+    right_GK = byte_GK.view(E4M3).to(dtype)
+    decoded_GK = _compiled_decode()(byte_GK, torch.ones(2, 1, device=device), dtype)
+    is_number = ~right_GK.isnan()
+    return torch.equal(decoded_GK[is_number], right_GK[is_number])
+
+
 _can_compile = True
 
 
@@ -162,6 +176,8 @@ def _fused(q_GK: Tensor, scale_G1: Tensor, dtype: torch.dtype) -> Tensor:
     global _can_compile
     if _can_compile:
         try:
+            if not _decodes_right(q_GK.device, dtype):
+                raise RuntimeError(f"torch {torch.__version__} compiles it wrongly; 2.7.1 and later do not")
             decoded: Tensor = _compiled_decode()(q_GK.view(torch.uint8), scale_G1, dtype)
             return decoded
         except torch.OutOfMemoryError:

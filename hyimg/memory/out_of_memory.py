@@ -38,6 +38,10 @@ _DEVICE_TEXTS = (
     "Triton Error [CUDA]: out of memory",
     "MPS backend out of memory",
     "_ALLOC_FAILED",
+    # NCCL's, which takes memory of its own
+    "Cuda failure 2 'out of memory'",
+    "Cuda failure 'out of memory'",
+    "Failed to CUDA calloc",
 )
 # the first two are torch's allocator on Linux and Windows, the last the system's own words
 _HOST_TEXTS = ("can't allocate memory", "not enough memory", "Cannot allocate memory")

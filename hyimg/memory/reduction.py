@@ -9,6 +9,7 @@ process group, NCCL between GPUs and gloo between CPUs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,6 +35,8 @@ def process_group(processes: Processes, device: torch.device, timeout: timedelta
     find each other. After an error the group is left to the end of the process: to close it would make the others
     fail before they have heard of the error.
     """
+    if device.type == "cuda":
+        _without_broken_peer_access()
     if processes.world == 1:
         yield
         return
@@ -41,7 +44,12 @@ def process_group(processes: Processes, device: torch.device, timeout: timedelta
     is_nccl = device.type == "cuda" and torch.distributed.is_nccl_available()
     try:
         torch.distributed.init_process_group(
-            "nccl" if is_nccl else "gloo", rank=processes.rank, world_size=processes.world, timeout=timeout
+            "nccl" if is_nccl else "gloo",
+            rank=processes.rank,
+            world_size=processes.world,
+            timeout=timeout,
+            # NCCL then takes its memory at once and not after the first backward pass, when torch has all there is
+            device_id=device if is_nccl else None,
         )
     except (RuntimeError, ValueError) as error:
         raise RunError(
@@ -51,6 +59,18 @@ def process_group(processes: Processes, device: torch.device, timeout: timedelta
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _without_broken_peer_access() -> None:
+    """Tells NCCL of RTX 40 cards on drivers before 550.40.07, which cannot reach each other's memory.
+
+    Accelerate, which finds that out, refuses to start where NCCL was not told.
+    """
+    from accelerate.utils import check_cuda_p2p_ib_support
+
+    if not check_cuda_p2p_ib_support():
+        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+            os.environ.setdefault(name, "1")
 
 
 @torch.no_grad()

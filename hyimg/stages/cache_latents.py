@@ -37,7 +37,7 @@ def cache_latents(config: CacheLatentsConfig, report: Reporter) -> CacheSummary:
     if asks_for_launch(config.processes.num_processes):
         return launch(cache_latents, config, report, num_processes=config.processes.num_processes)
     processes = Processes.current()
-    device = resolve_device(config.compute.device)
+    device = resolve_device(config.compute.device, report)
     with processes.main_first():
         workspace = open_workspace(config.dataset, report)
         identity = file_identity(vae_path, workspace.index)

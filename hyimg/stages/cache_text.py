@@ -42,7 +42,7 @@ def cache_text(config: CacheTextConfig, report: Reporter) -> CacheSummary:
         check_byt5(files.byt5)
         return launch(cache_text, config, report, num_processes=config.processes.num_processes)
     processes = Processes.current()
-    device = torch.device("cpu") if files.text_encoder_cpu else resolve_device(config.compute.device)
+    device = torch.device("cpu") if files.text_encoder_cpu else resolve_device(config.compute.device, report)
     extra = _sample_prompts(config)
     transforms = CaptionTransforms.of(config.dataset, config.common.plugin)
     with processes.main_first():

@@ -86,7 +86,7 @@ def prepare(config: TrainConfig, report: Reporter) -> Preparation:
     processes = Processes.current()
     if config.logging.logging_dir is not None and config.logging.log_with is None:
         config = replace(config, log_with="tensorboard")  # as in the reference tool
-    device = resolve_device(config.compute.device)
+    device = resolve_device(config.compute.device, report)
     _check_processes(config, device, processes)
     assert config.dit.dit is not None
     arch = check_dit(config.dit.dit)

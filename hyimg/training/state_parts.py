@@ -78,6 +78,7 @@ class OptimizerPart:
             return
         self.optimizer.load_state_dict(saved)
         self._mend_types(saved["state"])
+        self._page_again()
         if not equal(self.optimizer.state_dict()["state"], saved["state"]):
             self.report.warning(
                 f"`{self.kind}` does not take its state back bit for bit: the run goes on, not exactly as it would have"
@@ -94,6 +95,17 @@ class OptimizerPart:
                 there = own.get(key)
                 if isinstance(value, Tensor) and isinstance(there, Tensor) and there.dtype != value.dtype:
                     own[key] = value.to(there.device)
+
+    def _page_again(self) -> None:
+        """Moves state where bitsandbytes' paged optimisers keep it; they page what they make, not what they load."""
+        optimizer: Any = self.optimizer
+        if not getattr(optimizer, "is_paged", False):
+            return
+        for parameter, own in optimizer.state.items():
+            for key in ("state1", "state2"):
+                if isinstance(loaded := own.get(key), Tensor):
+                    own[key] = optimizer.get_state_buffer(parameter, dtype=loaded.dtype)
+                    own[key].copy_(loaded)
 
 
 def generators_part(device: torch.device) -> Stateful:

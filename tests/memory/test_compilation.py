@@ -196,6 +196,23 @@ def test_missing_header_files_and_an_old_gpu_are_said_too(
         require_compiler(torch.device("cuda"))
 
 
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_on_windows_triton_brings_its_own_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str
+) -> None:
+    monkeypatch.setattr(compilation, "_require_triton", lambda device: None)
+    monkeypatch.setattr(compilation.sys, "platform", platform)
+    monkeypatch.setattr(compilation.sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if platform == "win32":
+        require_compiler(torch.device("cuda"))
+    else:
+        with pytest.raises(HyimgError, match="needs a C compiler"):
+            require_compiler(torch.device("cuda"))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_compiled_blocks_agree_with_plain_ones() -> None:

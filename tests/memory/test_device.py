@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from hyimg.errors import HyimgError
 from hyimg.memory.device import resolve_device
+from hyimg.report import SilentReporter
 
 
 @pytest.fixture
@@ -31,6 +34,25 @@ def test_a_named_device_becomes_the_current_one(
 
 def test_without_a_name_the_current_device_is_taken(two_devices: list[torch.device]) -> None:
     assert resolve_device(None) == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("has_driver", [True, False])
+def test_a_torch_without_cuda_on_a_machine_with_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_driver: bool
+) -> None:
+    for there in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(there, "is_available", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if has_driver:
+        (tmp_path / "nvidia-smi").touch(mode=0o755)
+    report = SilentReporter()
+    assert resolve_device(None, report) == torch.device("cpu")
+    assert [warning.partition(",")[0] for warning in report.warnings] == [
+        "an NVIDIA driver is there"
+    ] * has_driver
+    report.warnings.clear()
+    assert resolve_device("cpu", report) == torch.device("cpu")
+    assert not report.warnings
 
 
 @pytest.mark.parametrize(

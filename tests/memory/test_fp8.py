@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -274,11 +275,35 @@ def test_without_a_compiler_two_passes_do(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(fp8, "_compiled_decode", lambda: fails)
     monkeypatch.setattr(fp8, "_can_compile", True)
+    fp8._decodes_right.cache_clear()
     q, scale = quantize(torch.randn(8, 128).bfloat16())
     with pytest.warns(UserWarning, match="two passes instead of one: no Triton here"):
         found = fp8._fused(q.view(-1, 64), scale.view(-1, 1), torch.bfloat16)
     assert same_bits(found.view(8, 128), dequantize(q, scale, torch.bfloat16))
     assert not fp8._can_compile
+
+
+def test_a_compiler_that_reads_bits_as_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch 2.7.0 makes of the expression for a GPU."""
+
+    def converts(q_GK: Tensor, scale_G1: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = q_GK.to(torch.int16)
+        half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(torch.float16)
+        return (half.float() * (scale_G1 * 256.0)).to(dtype)
+
+    q, scale = quantize(torch.randn(8, 128).bfloat16())
+    found = {}
+    for name, compiled in {"wrong": converts, "right": fp8._decode}.items():
+        monkeypatch.setattr(fp8, "_compiled_decode", lambda compiled=compiled: compiled)
+        monkeypatch.setattr(fp8, "_can_compile", True)
+        fp8._decodes_right.cache_clear()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found[name] = fp8._fused(q.view(-1, 64), scale.view(-1, 1), torch.bfloat16).view(8, 128)
+        assert fp8._can_compile == (name == "right")
+        assert ["compiles it wrongly" in str(one.message) for one in told] == [True] * (name == "wrong")
+        assert same_bits(found[name], dequantize(q, scale, torch.bfloat16))
+    fp8._decodes_right.cache_clear()
 
 
 def test_no_full_size_float32_copy_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ CPU_TEXT = (
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), Place.DEVICE),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), Place.DEVICE),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), Place.DEVICE),
+        (RuntimeError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), Place.DEVICE),
         (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), Place.DEVICE),
         (RuntimeError(CPU_TEXT + "allocate 4096 bytes. Error code 12"), Place.HOST),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), Place.HOST),

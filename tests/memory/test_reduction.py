@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import pytest
@@ -33,6 +34,28 @@ def test_memory_that_runs_out_in_a_sum_is_no_lost_connection(monkeypatch):
     )
     with pytest.raises(torch.OutOfMemoryError):
         sum_over_processes([torch.ones(2)])
+
+
+@pytest.mark.parametrize(("device", "is_nccl"), [("cuda:1", True), ("cuda:1", False), ("cpu", True)])
+def test_nccl_takes_its_memory_before_the_model_does(monkeypatch, device, is_nccl):
+    told = {}
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: is_nccl)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *names, **more: told.update(more, on=names[0])
+    )
+    with process_group(Processes(1, 2, 1), torch.device(device), timedelta(minutes=1)):
+        pass
+    expected = ("nccl", torch.device(device)) if is_nccl and device != "cpu" else ("gloo", None)
+    assert (told["on"], told["device_id"]) == expected
+
+
+def test_cards_that_cannot_reach_each_other_are_told_to_nccl(monkeypatch):
+    monkeypatch.setattr("accelerate.utils.check_cuda_p2p_ib_support", lambda: False)
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "0")  # what a user has set stays
+    monkeypatch.setenv("NCCL_IB_DISABLE", "")  # so that it is as it was afterwards
+    monkeypatch.delenv("NCCL_IB_DISABLE")
+    with process_group(Processes(0, 1, 0), torch.device("cuda"), timedelta(minutes=1)):
+        assert (os.environ["NCCL_P2P_DISABLE"], os.environ["NCCL_IB_DISABLE"]) == ("0", "1")
 
 
 def test_processes_that_do_not_find_each_other_are_a_sentence(monkeypatch):

@@ -470,6 +470,36 @@ def test_an_optimiser_keeps_the_type_of_its_state_beside_parameters_of_another()
     assert report.warnings == []
 
 
+def test_a_paged_optimiser_has_paged_state_again(monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    parameter = torch.nn.Parameter(torch.ones(128, 64))
+    paged = []
+
+    def make():
+        optimizer = bitsandbytes.optim.PagedAdamW([parameter], lr=0.1)
+        make_buffer = optimizer.get_state_buffer
+
+        def get_state_buffer(p, dtype=torch.float32):
+            paged.append(make_buffer(p, dtype))
+            return paged[-1]
+
+        monkeypatch.setattr(optimizer, "get_state_buffer", get_state_buffer)
+        return optimizer
+
+    optimizer, other, report = make(), make(), SilentReporter()
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    saved = OptimizerPart(optimizer, report).state_dict()
+    paged.clear()
+    OptimizerPart(other, report).load_state_dict(saved)
+    for key in ("state1", "state2"):
+        assert any(other.state[parameter][key] is buffer for buffer in paged), (
+            "so that it lies where a full GPU pages it"
+        )
+        assert torch.equal(other.state[parameter][key], optimizer.state[parameter][key])
+    assert report.warnings == []
+
+
 def test_generators_go_on_where_they_were():
     part = generators_part(torch.device("cpu"))
     tree, tensors = pack(part.state_dict())
