@@ -66,7 +66,10 @@ def measure(
             raise HyimgError(f"there is no `{path}`", hint="give the folder of a build that has ended")
     scenes = held_out_scenes(num_prompts)
     prompts = [phrase(scene, number % NUM_FULL_PHRASINGS) for number, scene in enumerate(scenes)]
+    report.note(f"1 of 2: {num_prompts} held-out prompts")
     found = verdicts(folder, prompts, *infer_arguments)
+    report.note("2 of 2: as many empty prompts")
+    emptied = verdicts(folder, [""] * num_prompts, *infer_arguments)
     measures: dict[str, object] = {
         "prompts": num_prompts,
         "infer_arguments": [*FLAGS, *infer_arguments],
@@ -76,7 +79,7 @@ def measure(
             "prompts": len(found[:NUM_FIRST]),
             **score(scenes[:NUM_FIRST], found[:NUM_FIRST]),
         },
-        "prompt_emptied": score(scenes, verdicts(folder, [""] * num_prompts, *infer_arguments)),
+        "prompt_emptied": score(scenes, emptied),
     }
     text = json.dumps(measures, indent=1, allow_nan=False)
     atomic_write_text(directory / MEASURES, text + "\n")

@@ -16,7 +16,7 @@ from hyimg.errors import HyimgError
 from hyimg.micro.concept import concept_prompt, new_concept_scenes
 from hyimg.micro.demo_folder import DemoFolder
 from hyimg.micro.judge import judge
-from hyimg.micro.measure import render, score, verdicts
+from hyimg.micro.measure import render, score
 from hyimg.micro.world import NUM_FULL_PHRASINGS, Scene, held_out_scenes, phrase
 from hyimg.report import Reporter
 
@@ -40,28 +40,41 @@ def prove(directory: Path, report: Reporter, *, num_seeds: int = 100) -> dict[st
     new, known = new_concept_scenes(num_seeds), held_out_scenes(num_seeds)
     new_prompts = [concept_prompt(scene, number) for number, scene in enumerate(new)]
     known_prompts = [phrase(scene, number % NUM_FULL_PHRASINGS) for number, scene in enumerate(known)]
-    lora = ["--lora_weight", str(demo.lora), "--lora_multiplier"]
-    comfy = ["--lora_weight", str(demo.comfy_lora), "--lora_multiplier"]
+    lora, comfy = ["--lora_weight", str(demo.lora)], ["--lora_weight", str(demo.comfy_lora)]
+    renderings: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+        "trigger word, base": (new_prompts, []),
+        "trigger word, LoRA": (new_prompts, [*lora, "--lora_multiplier", "1"]),
+        "trigger word, ComfyUI's file": (new_prompts, [*comfy, "--lora_multiplier", "1"]),
+        "trigger word, multiplier 0": (new_prompts[:NUM_EQUAL], [*lora, "--lora_multiplier", "0"]),
+        "known shapes, base": (known_prompts, []),
+        "known shapes, LoRA": (known_prompts, [*lora, "--lora_multiplier", "1"]),
+    }
+    pictures = {}
+    for number, (name, (prompts, arguments)) in enumerate(renderings.items(), 1):
+        report.note(f"{number} of {len(renderings)}: {name}")
+        pictures[name] = render(demo.model, prompts, *arguments)
 
-    def scored(scenes: Sequence[Scene], prompts: Sequence[str], *arguments: str) -> dict[str, float]:
-        return score(scenes, verdicts(demo.model, prompts, *arguments))
+    def scored(name: str, scenes: Sequence[Scene]) -> dict[str, float]:
+        return score(scenes, [judge(picture) for picture in pictures[name]])
 
-    base = render(demo.model, new_prompts)
-    muted = render(demo.model, new_prompts[:NUM_EQUAL], *lora, "0")
     losses = validation_losses(demo.metrics)
     proof: dict[str, object] = {
         "seeds": num_seeds,
         "trigger": {
-            "base": score(new, [judge(picture) for picture in base]),
-            "lora": scored(new, new_prompts, *lora, "1"),
-            "comfy_lora": scored(new, new_prompts, *comfy, "1"),
+            "base": scored("trigger word, base", new),
+            "lora": scored("trigger word, LoRA", new),
+            "comfy_lora": scored("trigger word, ComfyUI's file", new),
         },
         "without_trigger": {
-            "base": scored(known, known_prompts),
-            "lora": scored(known, known_prompts, *lora, "1"),
+            "base": scored("known shapes, base", known),
+            "lora": scored("known shapes, LoRA", known),
         },
-        "multiplier_0_equals_base": [one.tobytes() for one in muted]
-        == [one.tobytes() for one in base[:NUM_EQUAL]],
+        "multiplier_0_equals_base": all(
+            muted.tobytes() == base.tobytes()
+            for muted, base in zip(
+                pictures["trigger word, multiplier 0"], pictures["trigger word, base"], strict=False
+            )
+        ),
         "validation_loss": {"first": losses[0], "last": losses[-1]},
     }
     text = json.dumps(proof, indent=1, allow_nan=False)

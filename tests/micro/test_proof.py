@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from hyimg.micro import measure, proof
+from hyimg.micro import proof
 from hyimg.micro.__main__ import main
 from hyimg.micro.concept import concept_prompt, new_concept_scenes
 from hyimg.micro.demo_folder import DemoFolder
@@ -25,7 +25,7 @@ def demo(tmp_path):
     return folder
 
 
-def test_the_proof_tells_the_trigger_from_the_rest_and_the_base_from_the_lora(demo, monkeypatch):
+def test_the_proof_tells_the_trigger_from_the_rest_and_the_base_from_the_lora(demo, monkeypatch, capsys):
     """A LoRA that draws the heart where it is asked for, and has made every other shape a cross."""
     new, known = new_concept_scenes(10), held_out_scenes(10)
     shown = {concept_prompt(scene, number): scene for number, scene in enumerate(new)}
@@ -48,8 +48,8 @@ def test_the_proof_tells_the_trigger_from_the_rest_and_the_base_from_the_lora(de
         return pictures
 
     monkeypatch.setattr(proof, "render", render)
-    monkeypatch.setattr(measure, "render", render)
     assert main(["prove", str(demo.directory), "--seeds", "10"]) == 0
+    assert "6 of 6: known shapes, LoRA" in capsys.readouterr().err
     found = json.loads((demo.directory / proof.PROOF).read_text())
     assert found["trigger"]["base"]["shape"] == 0
     assert found["trigger"]["lora"]["shape_and_colors"] == 1
