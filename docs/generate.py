@@ -56,7 +56,16 @@ def commands_page() -> str:
 
 def weights_table() -> str:
     """What the real model's weights take under the guide's settings."""
-    settings = [(False, 0), (False, 18), (False, 37), (True, 0), (True, 9), (True, 32), (True, 37)]
+    settings = [
+        (False, 0),
+        (False, 18),
+        (False, 37),
+        (True, 0),
+        (True, 9),
+        (True, 24),
+        (True, 32),
+        (True, 37),
+    ]
     rows = ["| options | on the device | of it the ring | in host memory |", "|---|---|---|---|"]
     for fp8, blocks_to_swap in settings:
         options = ["`--fp8_scaled`"] * fp8
@@ -89,8 +98,13 @@ def release_table() -> str:
 
 def legacy_table() -> str:
     """How flags of the reference tool are answered."""
-    rows = ["| flag | answer | |", "|---|---|---|"]
-    rows += [f"| `--{name}` | {flag.answer} | {_cell(flag.text)} |" for name, flag in LEGACY.items()]
+    rows = ["| flags | answer | |", "|---|---|---|"]
+    answered = [(flag.answer, flag.text) for flag in LEGACY.values()]
+    for answer, text in dict.fromkeys(answered):  # in the order of the first flag that is answered so
+        names = ", ".join(
+            f"`--{name}`" for name, flag in LEGACY.items() if (flag.answer, flag.text) == (answer, text)
+        )
+        rows.append(f"| {names} | {answer} | {_cell(text)} |")
     return "\n".join(rows)
 
 

@@ -76,12 +76,12 @@ def _refused(text: str, *, takes_value: bool = False) -> LegacyFlag:
 
 
 _STREAMED = "weights are read straight to where they are used"
-_NOISE = "it belongs to noise-prediction models; HunyuanImage learns a flow"
+_NOISE = "it belongs to noise-prediction models, and HunyuanImage learns a flow; leave it out"
 _DATASET_FILE = "the dataset is described in a file: write one and give it with `--dataset_config`"
 _FIXED_VIEW = "it cannot be used with cached latents; leave it out"
 _FIXED_TEXT = "it cannot be used with cached text; leave it out"
 _ACCELERATE = "give accelerate a DeepSpeed config instead (`accelerate config`)"
-_PREDICTS_NOISE = "it weights losses of noise-prediction models; use `--weighting_scheme`"
+_PREDICTS_NOISE = "it weights losses of noise-prediction models; leave it out"
 _CONSOLE = "messages go to stderr: redirect it"
 
 LEGACY: Mapping[str, LegacyFlag] = {
@@ -110,13 +110,14 @@ LEGACY: Mapping[str, LegacyFlag] = {
     "use_lion_optimizer": _becomes("optimizer_type", "Lion"),
     "sdpa": _becomes("attn_mode", "torch"),
     "xformers": _becomes("attn_mode", "xformers"),
+    "fp8": _refused("it is a flag of the inference script; use `--fp8_scaled`"),
     "fp8_base": _refused("it is not supported for this model; use `--fp8_scaled`"),
     "fp8_base_unet": _refused("it is not supported for this model; use `--fp8_scaled`"),
     "v2": _refused("it belongs to Stable Diffusion 2; leave it out"),
     "v_parameterization": _refused("it belongs to Stable Diffusion 2; leave it out"),
     "clip_skip": _refused("this model has no CLIP; leave it out", takes_value=True),
     "max_token_length": _refused("prompts may have 1024 tokens always; leave it out", takes_value=True),
-    "min_snr_gamma": _refused(f"{_NOISE}; use `--weighting_scheme`", takes_value=True),
+    "min_snr_gamma": _refused(_NOISE, takes_value=True),
     "zero_terminal_snr": _refused(_NOISE),
     "noise_offset": _refused(_NOISE, takes_value=True),
     "noise_offset_random_strength": _refused(_NOISE),

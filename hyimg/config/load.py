@@ -19,7 +19,7 @@ from hyimg.config import legacy
 from hyimg.config.option import Option, all_options, groups_of, options_of
 from hyimg.config.picture import picture_options
 from hyimg.config.values import checked
-from hyimg.errors import HyimgError, did_you_mean
+from hyimg.errors import HyimgError, did_you_mean, nearest
 
 C = TypeVar("C")
 
@@ -157,7 +157,7 @@ def _input_problem(path: Path) -> str | None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        guess = did_you_mean(path.name, _names_beside(path))
+        guess = did_you_mean_file(path)
         return f"there is no file `{path}`" + (f"; {guess}" if guess else "")
     except OSError as error:
         return f"`{path}` cannot be read: {error.strerror}"
@@ -166,11 +166,19 @@ def _input_problem(path: Path) -> str | None:
     return None
 
 
-def _names_beside(path: Path) -> list[str]:
+def did_you_mean_file(path: Path) -> str | None:
+    """A hint for the misspelt name of a file, of those beside it; None where nothing looks like it.
+
+    Stems are compared: an ending as long as `.safetensors` makes any two files look alike.
+    """
     try:
-        return sorted(os.listdir(path.parent))
+        beside = sorted(path.parent.iterdir())
     except OSError:
-        return []
+        return None
+    alike = [other for other in beside if other.suffix == path.suffix or other.stem == path.stem]
+    names = {other.stem: other.name for other in alike}
+    close = [f"`{names[stem]}`" for stem in nearest(path.stem, names)]
+    return f"did you mean {' or '.join(close)}?" if close else None
 
 
 def select(config: type[C], source: Any) -> C:

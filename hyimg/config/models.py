@@ -79,7 +79,7 @@ class VAEFile:
         minimum=128,
         multiple_of=32,
         help="VAE in overlapping tiles of so many pixels a side (512 is a good value): takes the least memory and, for "
-        "pictures larger than a tile, several times as long; the result is the same but for rounding",
+        "pictures larger than a tile, about twice as long; the result is the same but for rounding",
     )
 
 

@@ -27,7 +27,7 @@ def checked(opt: Option, raw: Any, place: str, problems: list[str]) -> Any:
             if opt.traits.count is not None and items and len(items) % opt.traits.count == 0:
                 items = items[-opt.traits.count :]  # of a repeated flag the last counts
             if opt.traits.count is not None and len(items) != opt.traits.count:
-                raise ValueError(f"takes {opt.traits.count} values, got {len(items)}")
+                raise ValueError(f"takes {opt.traits.count} values, got {len(items)}: {opt.traits.help}")
             value: Any = tuple(_scalar(opt, item) for item in items)
         elif isinstance(raw, (list, tuple)):
             raise ValueError(f"takes one value, got {len(raw)}")

@@ -159,7 +159,7 @@ _FROM_ONE_IMAGE = (
 _DATASET_KEYS = [
     Key("resolution", "dataset", _resolution, "a side, or [width, height]; multiples of 32"),
     Key("batch_size", "dataset", _integer(1), "images a batch, all of one bucket", 1),
-    Key("enable_bucket", "dataset", _flag, "keep aspect ratios, by sizes of about the same area", False),
+    Key("enable_bucket", "dataset", _flag, "keep aspect ratios, at about one area if `max_bucket_reso` allows", False),
     Key("min_bucket_reso", "dataset", _integer(1, MAX_SIDE), "shortest side (256, or half the resolution)"),
     Key("max_bucket_reso", "dataset", _integer(1, MAX_SIDE), "longest side (1024, or the resolution)"),
     Key("bucket_reso_steps", "dataset", _multiple, "step of bucket sizes; a multiple of 32", 32),

@@ -83,7 +83,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise HyimgError(f"`{path}` is a folder, not a safetensors file")
+            raise HyimgError(f"`{path}` is a folder, not a safetensors file", hint="name a file in it")
         if not stat.S_ISREG(mode):  # opening a pipe would wait for a writer for ever
             raise HyimgError(f"`{path}` is a device or a pipe, not a safetensors file")
         with path.open("rb") as file:

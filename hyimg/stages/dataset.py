@@ -280,9 +280,9 @@ def _shapes(lints: Mapping[str, PromptLint], widths: _Widths) -> Callable[[str],
 
 
 def _notes(config: DatasetConfig, buckets: Sequence[BucketRow]) -> Iterable[str]:
-    sizes = {row.size: row.native for row in buckets}
+    vae, sizes = config.models.vae, {row.size: row.native for row in buckets}
     others = sum(not native for native in sizes.values())
-    if others:
+    if others and (vae is None or read_vae_arch(vae) == VAE_2_1):  # other models have sizes of their own
         native = ", ".join(f"{width}x{height}" for width, height in NATIVE_SIZES)
         yield f"bucket sizes that are none of the model's five native ones ({native}): {others} of {len(sizes)}"
     if (config.models.text_encoder is None) != (config.models.byt5 is None):

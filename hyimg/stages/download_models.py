@@ -204,7 +204,10 @@ def _print_next_commands(files: Mapping[str, Path], report: Reporter) -> None:
         words = [stage, *(word for name in options for word in (f"--{name}", str(files[name])))]
         return shlex.join(["hyimg", *words, *(word for k, v in more.items() for word in (f"--{k}", v))])
 
-    report.note("to try the model:")
+    report.note(
+        "to try the model (below 40 GB on the card `infer` and `train` need options for memory, which docs/memory.md"
+        " tells):"
+    )
     models = ("dit", "text_encoder", "byt5", "vae")
     print(command("infer", *models, prompt='a cat in a shop with the sign "OPEN"', save_path="cat.png"))
     report.note("to train, with a dataset file of yours:")

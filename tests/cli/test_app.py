@@ -14,6 +14,7 @@ from hyimg.cli.app import run
 from hyimg.cli.flags import add_command
 from hyimg.config import commands as configs
 from hyimg.config import load
+from hyimg.config.load import did_you_mean_file
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_flags_of_the_reference_tool_are_answered(parse, capsys):
     assert "`--clip_skip`: this model has no CLIP" in err
     for flags, way_out in (
         (["--fp8_base"], "--fp8_scaled"),
-        (["--min-snr-gamma", "5"], "--weighting_scheme"),
+        (["--min-snr-gamma", "5"], "leave it out"),
     ):
         assert parse(configs.TrainConfig, *TRAIN, *flags)[0] == 2
         assert way_out in capsys.readouterr().err
@@ -142,6 +143,11 @@ def test_flags_of_the_reference_tool_are_answered(parse, capsys):
         (
             ["infer", "--prompt", "a", "cat"],
             ["(cat)", "a value with spaces stands in quotes", "`hyimg infer --help`"],
+        ),
+        (["cache-latents", "cats.toml"], ["`--dataset_config cats.toml`"]),
+        (
+            ["infer", "--prompt", "a cat", "--save_path", "a.png", "--image_size", "1024"],
+            ["`--image_size` takes 2 values, got 1: height and width"],
         ),
     ],
 )
@@ -169,6 +175,12 @@ def test_a_misspelt_file_is_told_with_the_one_beside_it(tmp_path, capsys):
         == 2
     )
     assert f"no file `{tmp_path / 'datset.toml'}`; did you mean `dataset.toml`?" in capsys.readouterr().err
+
+
+def test_an_ending_that_all_share_makes_no_file_look_like_another(tmp_path):
+    (tmp_path / "notalora.safetensors").touch()
+    assert did_you_mean_file(tmp_path / "hunyuanimage2.1.safetensors") is None
+    assert did_you_mean_file(tmp_path / "notalora.safetensor") == "did you mean `notalora.safetensors`?"
 
 
 def test_traceback_is_shown_when_asked():

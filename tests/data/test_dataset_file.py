@@ -30,6 +30,13 @@ def complaint(dataset: dict[str, object], subset: dict[str, object] | None = Non
     return told.value.message
 
 
+def test_a_folder_of_images_in_place_of_the_file_is_told() -> None:
+    with pytest.raises(HyimgError) as told:
+        load_dataset_file(Path("cats"))
+    assert told.value.message == "`cats` is a folder, not a dataset file"
+    assert "`image_dir`" in str(told.value.hint)
+
+
 GUIDE = """
 [general]
 shuffle_caption = true

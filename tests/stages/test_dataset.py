@@ -82,6 +82,10 @@ def test_the_report_counts_what_training_will_do(told, own_dataset):
     assert any("five native ones" in note for note in report["notes"])
 
 
+def test_the_native_sizes_are_those_of_the_models_own_vae(told, own_dataset, model):
+    assert not any("five native ones" in note for note in told(own_dataset, "--vae", model.vae)["notes"])
+
+
 def test_the_batch_size_of_the_command_line_counts(told, own_dataset):
     text = own_dataset.read_text(encoding="utf-8").replace("batch_size = 2", "")
     own_dataset.write_text(text, encoding="utf-8")
