@@ -163,8 +163,12 @@ def _usage(error: typer.TyperException) -> tuple[str, str | None]:
         return f"no such option: `{unknown}`", did_you_mean(unknown, known) or listing
     message = error.format_message().strip().rstrip(".")
     if "unexpected extra argument" in message and ctx is not None:
-        extra = message.rpartition(" (")[2].rstrip(")")
-        if extra.endswith(".toml") and any("--dataset_config" in param.opts for param in ctx.command.params):
+        extra = message.partition(" (")[2].removesuffix(")")
+        if (
+            extra.endswith(".toml")
+            and extra.count(".toml") == 1
+            and any("--dataset_config" in param.opts for param in ctx.command.params)
+        ):
             return message[:1].lower() + message[1:], f"give it with its option: `--dataset_config {extra}`"
         listing = f"a value with spaces stands in quotes, and follows its option: {listing}"
     return message[:1].lower() + message[1:], listing

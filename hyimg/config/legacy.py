@@ -110,7 +110,7 @@ LEGACY: Mapping[str, LegacyFlag] = {
     "use_lion_optimizer": _becomes("optimizer_type", "Lion"),
     "sdpa": _becomes("attn_mode", "torch"),
     "xformers": _becomes("attn_mode", "xformers"),
-    "fp8": _refused("it is a flag of the inference script; use `--fp8_scaled`"),
+    "fp8": _refused("weights in fp8 without scales are not supported; use `--fp8_scaled`"),
     "fp8_base": _refused("it is not supported for this model; use `--fp8_scaled`"),
     "fp8_base_unet": _refused("it is not supported for this model; use `--fp8_scaled`"),
     "v2": _refused("it belongs to Stable Diffusion 2; leave it out"),

@@ -175,10 +175,12 @@ def did_you_mean_file(path: Path) -> str | None:
         beside = sorted(path.parent.iterdir())
     except OSError:
         return None
-    alike = [other for other in beside if other.suffix == path.suffix or other.stem == path.stem]
-    names = {other.stem: other.name for other in alike}
-    close = [f"`{names[stem]}`" for stem in nearest(path.stem, names)]
-    return f"did you mean {' or '.join(close)}?" if close else None
+    names = {other.stem: other.name for other in beside}
+    # of the same name where only the ending is another, or was left out
+    close = [stem for stem in dict.fromkeys((path.stem, path.name)) if stem in names]
+    if not close:
+        close = nearest(path.stem, [other.stem for other in beside if other.suffix == path.suffix])
+    return f"did you mean {' or '.join(f'`{names[stem]}`' for stem in close)}?" if close else None
 
 
 def select(config: type[C], source: Any) -> C:

@@ -56,12 +56,12 @@ def parse_dataset(document: object, path: Path, defaults: Mapping[str, object] =
 def _read_document(path: Path) -> object:
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except IsADirectoryError:
-        raise HyimgError(
-            f"`{path}` is a folder, not a dataset file",
-            hint="give a TOML file that names the folder of images as its `image_dir` (docs/dataset.md)",
-        ) from None
     except OSError as error:
+        if path.is_dir():
+            raise HyimgError(
+                f"`{path}` is a folder, not a dataset file",
+                hint="give a TOML file that names the folder of images as its `image_dir` (docs/dataset.md)",
+            ) from None
         raise HyimgError(f"cannot read the dataset file `{path}`: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise HyimgError(f"the dataset file `{path}` is not UTF-8 (byte {error.start})") from error

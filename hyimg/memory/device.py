@@ -29,9 +29,13 @@ def resolve_device(name: str | None, report: Reporter | None = None) -> torch.de
         if torch.backends.mps.is_available():
             return torch.device("mps")
         if report is not None and shutil.which("nvidia-smi") is not None:
+            if torch.version.cuda is None:
+                way_out = "install a CUDA build of torch (https://pytorch.org/get-started)"
+            else:
+                way_out = "its driver may be too old, or `CUDA_VISIBLE_DEVICES` hide it"
             report.warning(
-                f"an NVIDIA driver is there, but torch {torch.__version__} sees no CUDA device: all is computed on the "
-                "CPU. Install a CUDA build of torch (https://pytorch.org/get-started), or give `--device cpu`"
+                f"an NVIDIA driver is there, but torch {torch.__version__} sees no CUDA device, and all is computed on "
+                f"the CPU: {way_out} (`--device cpu` means to)"
             )
         return torch.device("cpu")
     try:

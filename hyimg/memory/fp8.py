@@ -161,7 +161,8 @@ def _decodes_right(device: torch.device, dtype: torch.dtype) -> bool:
     torch before 2.7.1 compiles `view` from int16 to float16 to a conversion of the number (pytorch issue 151156): every
     weight would be wrong, and nothing would fail.
     """
-    byte_GK = torch.arange(256, dtype=torch.uint8, device=device).view(2, -1)
+    # a tensor of its own, or torch would compile one more graph for views
+    byte_GK = torch.arange(256, dtype=torch.uint8, device=device).view(2, -1).clone()
     right_GK = byte_GK.view(E4M3).to(dtype)
     decoded_GK = _compiled_decode()(byte_GK, torch.ones(2, 1, device=device), dtype)
     is_number = ~right_GK.isnan()

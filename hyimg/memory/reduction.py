@@ -42,16 +42,20 @@ def process_group(processes: Processes, device: torch.device, timeout: timedelta
         return
     # Windows has no NCCL, and gloo sums on a GPU too
     is_nccl = device.type == "cuda" and torch.distributed.is_nccl_available()
+    # NCCL is to take its memory now and not after the first backward pass, when torch has all there is: it connects
+    # at once where it knows the device, and makes its buffers then where it is told not to wait for the first sum
+    os.environ.setdefault("NCCL_RUNTIME_CONNECT", "0")
     try:
         torch.distributed.init_process_group(
             "nccl" if is_nccl else "gloo",
             rank=processes.rank,
             world_size=processes.world,
             timeout=timeout,
-            # NCCL then takes its memory at once and not after the first backward pass, when torch has all there is
             device_id=device if is_nccl else None,
         )
     except (RuntimeError, ValueError) as error:
+        if out_of_memory_place(error) is not None:
+            raise
         raise RunError(
             f"the processes of this run cannot be connected: {describe(error)}",
             hint="`GLOO_SOCKET_IFNAME` or `NCCL_SOCKET_IFNAME` names the network interface to use",

@@ -119,7 +119,7 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
         claimed = folder.claim(config, overwrite=config.saving.overwrite, resumed=state_path)
     timeout = timedelta(minutes=config.hub.ddp_timeout or _MINUTES_TO_WAIT)
     group = process_group(processes, prepared.device, timeout)
-    with claimed, group, explained(partial(_changes_for_memory, prepared)):
+    with claimed, explained(partial(_changes_for_memory, prepared)), group:
         run = _make_run(prepared, workspace, loader, texts, schedule, identity, report)
         if resumed is None:
             begin_at(run, first_step)

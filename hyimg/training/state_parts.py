@@ -103,7 +103,8 @@ class OptimizerPart:
             return
         for parameter, own in optimizer.state.items():
             for key in ("state1", "state2"):
-                if isinstance(loaded := own.get(key), Tensor):
+                loaded = own.get(key)
+                if isinstance(loaded, Tensor) and loaded.shape == parameter.shape:  # AdEMAMix has two in one
                     own[key] = optimizer.get_state_buffer(parameter, dtype=loaded.dtype)
                     own[key].copy_(loaded)
 

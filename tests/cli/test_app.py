@@ -144,7 +144,8 @@ def test_flags_of_the_reference_tool_are_answered(parse, capsys):
             ["infer", "--prompt", "a", "cat"],
             ["(cat)", "a value with spaces stands in quotes", "`hyimg infer --help`"],
         ),
-        (["cache-latents", "cats.toml"], ["`--dataset_config cats.toml`"]),
+        (["cache-latents", "cats (1).toml"], ["`--dataset_config cats (1).toml`"]),
+        (["cache-latents", "a.toml", "b.toml"], ["`hyimg cache-latents --help`"]),
         (
             ["infer", "--prompt", "a cat", "--save_path", "a.png", "--image_size", "1024"],
             ["`--image_size` takes 2 values, got 1: height and width"],
@@ -180,7 +181,10 @@ def test_a_misspelt_file_is_told_with_the_one_beside_it(tmp_path, capsys):
 def test_an_ending_that_all_share_makes_no_file_look_like_another(tmp_path):
     (tmp_path / "notalora.safetensors").touch()
     assert did_you_mean_file(tmp_path / "hunyuanimage2.1.safetensors") is None
-    assert did_you_mean_file(tmp_path / "notalora.safetensor") == "did you mean `notalora.safetensors`?"
+    for misspelt in ("notalora.safetensor", "notalora", "notalore.safetensors"):
+        assert did_you_mean_file(tmp_path / misspelt) == "did you mean `notalora.safetensors`?"
+    (tmp_path / "hunyuanimage2.1.safetensors").touch()
+    assert did_you_mean_file(tmp_path / "hunyuanimage2.1") == "did you mean `hunyuanimage2.1.safetensors`?"
 
 
 def test_traceback_is_shown_when_asked():

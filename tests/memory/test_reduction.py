@@ -58,6 +58,18 @@ def test_cards_that_cannot_reach_each_other_are_told_to_nccl(monkeypatch):
         assert (os.environ["NCCL_P2P_DISABLE"], os.environ["NCCL_IB_DISABLE"]) == ("0", "1")
 
 
+def test_memory_that_runs_out_while_connecting_is_no_question_of_the_network(monkeypatch):
+    error = torch.distributed.DistBackendError(
+        "NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"
+    )
+    monkeypatch.setattr(torch.distributed, "init_process_group", raising(error))
+    with (
+        pytest.raises(torch.distributed.DistBackendError),
+        process_group(Processes(0, 2, 0), CPU, timedelta(minutes=1)),
+    ):
+        pass
+
+
 def test_processes_that_do_not_find_each_other_are_a_sentence(monkeypatch):
     monkeypatch.setattr(torch.distributed, "init_process_group", raising(RuntimeError("no such interface")))
     with (
