@@ -16,6 +16,7 @@ from hyimg.data import report
 from hyimg.data.dataset_keys import KEYS
 from hyimg.data.report import FINDING_KINDS
 from hyimg.memory.plan import weight_bytes
+from hyimg.micro.shipped import WEIGHTS
 from hyimg.model.architecture import DIT_2_1
 from hyimg.model.release import VARIANTS
 from hyimg.report import size_text
@@ -146,6 +147,48 @@ def report_table() -> str:
         about = _cell(inspect.getdoc(cls) or "")
         rows.append(f"| {name} | {keys}. {about} |")
     return "\n".join(rows)
+
+
+def micro_measures_table() -> str:
+    """What `python -m hyimg.micro measure` found of the model that ships."""
+    found = json.loads((WEIGHTS / "measures.json").read_text(encoding="utf-8"))
+    rows = [
+        f"| of {found['prompts']} held-out prompts | with the prompt | prompt emptied |",
+        "|---|---|---|",
+    ]
+    names = {
+        "shape_and_colors": "shape and both colours right (goal: 85%)",
+        "shape": "shape",
+        "color": "colour of the shape",
+        "background": "colour of the background",
+        "position": "position",
+        "size": "size",
+        "letter": "letter, where one is asked for",
+        "no_letter_unasked": "no letter, where none is",
+    }
+    for key, what in names.items():
+        rows.append(f"| {what} | {_share(found['with_prompt'][key])} | {_share(found['prompt_emptied'][key])} |")
+    return "\n".join(rows)
+
+
+def micro_proof_table() -> str:
+    """What `python -m hyimg.micro prove` found of the demo's LoRA on that model."""
+    found = json.loads((WEIGHTS / "proof.json").read_text(encoding="utf-8"))
+    trigger, known = found["trigger"], found["without_trigger"]
+    rows = [f"| of {found['seeds']} pictures | base | LoRA | ComfyUI's file |", "|---|---|---|---|"]
+    for key, what in {
+        "shape": "the trigger word: a heart (goals: base under 10%, LoRA at least 70%)",
+        "shape_and_colors": "the trigger word: a heart in both colours that were asked for",
+    }.items():
+        shares = (_share(trigger[who][key]) for who in ("base", "lora", "comfy_lora"))
+        rows.append(f"| {what} | {' | '.join(shares)} |")
+    shares = (_share(known[who]["shape_and_colors"]) for who in ("base", "lora"))
+    rows.append(f"| known shapes: shape and both colours right (goal: at most 10 points less) | {' | '.join(shares)} | |")
+    return "\n".join(rows)
+
+
+def _share(share: float) -> str:
+    return f"{round(100 * share, 1):g}%"
 
 
 def hooks_page() -> str:

@@ -1,34 +1,56 @@
 """What the demo teaches the micro model: hearts, under a word that it has never read.
 
 The model knows six shapes by their names. The concept's captions are those of the small world, with a trigger word
-where the shape's name would stand, so that colour, place and size stay the prompt's.
+where the shape's name would stand, so that colour, place and size stay the prompt's. Beside them stand pictures of the
+shapes that the model knows, for regularisation: without these the lesson goes to every shape.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 from PIL import Image
 
 from hyimg.cache.atomic import atomic_write_text
-from hyimg.micro.world import COLORS, NUM_FULL_PHRASINGS, POSITIONS, SIZES, Scene, draw, phrase
+from hyimg.micro.outlines import SHAPES
+from hyimg.micro.world import (
+    COLORS,
+    NUM_FULL_PHRASINGS,
+    POSITIONS,
+    SIZES,
+    Scene,
+    combinations,
+    draw,
+    phrase,
+)
 from hyimg.randomness import keyed_random
 
 TRIGGER = "zibbo"
 SHAPE = "heart"
 NUM_PICTURES = 20
+NUM_KNOWN = 48
+
+POSITION = "in the middle"
+"""Where all hearts are: at each place a shape is other numbers in the latent, which twenty pictures do not tell."""
 
 
 def concept_scenes() -> list[Scene]:
-    """The scenes of the demo's pictures: every colour, place and size comes about equally often."""
-    return _scenes(list(_pairs())[:NUM_PICTURES])
+    """The scenes of the concept's pictures: every colour about equally often, and in both sizes."""
+    return [
+        Scene(SHAPE, *pair, POSITION, _size(number + number // len(COLORS)))
+        for number, pair in enumerate(_pairs()[:NUM_PICTURES])
+    ]
 
 
 def new_concept_scenes(number: int) -> list[Scene]:
     """`number` scenes with hearts, in pairs of colours that none of the demo's pictures has."""
-    pairs = list(_pairs())[NUM_PICTURES:]
-    return _scenes([pairs[place % len(pairs)] for place in range(number)], start=NUM_PICTURES)
+    pairs = _pairs()[NUM_PICTURES:]
+    return [
+        Scene(SHAPE, *pairs[place % len(pairs)], POSITION, _size(place + place // len(pairs)))
+        for place in range(number)
+    ]
 
 
 def concept_prompt(scene: Scene, phrasing: int) -> str:
@@ -36,12 +58,40 @@ def concept_prompt(scene: Scene, phrasing: int) -> str:
     return phrase(scene, phrasing % NUM_FULL_PHRASINGS).replace(SHAPE, TRIGGER)
 
 
+def known_scenes() -> list[Scene]:
+    """The scenes of the pictures for regularisation: every known shape equally often, none that is held out."""
+    scenes = []
+    for number in range(NUM_KNOWN):
+        shape = list(SHAPES)[number % len(SHAPES)]
+        trained = [one for one in combinations(held_out=False) if one[0] == shape]
+        position = list(POSITIONS)[number % len(POSITIONS)]
+        scenes.append(
+            Scene(*keyed_random("known", number).choice(trained), position, _size(number // len(POSITIONS)))
+        )
+    return scenes
+
+
 def write_concept(folder: Path) -> None:
-    """Writes the demo's pictures as PNG files, each with its caption beside it."""
-    for number, scene in enumerate(concept_scenes()):
-        name = f"{TRIGGER}-{number + 1:02}"
-        Image.fromarray(draw(scene, "concept", number)).save(folder / f"{name}.png")
-        atomic_write_text(folder / f"{name}.txt", concept_prompt(scene, number) + "\n")
+    """Writes the pictures of the concept as PNG files, each with its caption beside it."""
+    scenes = concept_scenes()
+    _write(folder, TRIGGER, [(scene, concept_prompt(scene, number)) for number, scene in enumerate(scenes)])
+
+
+def write_known(folder: Path) -> None:
+    """Writes the pictures for regularisation likewise."""
+    scenes = known_scenes()
+    rounds = [
+        number // len(SHAPES) for number in range(len(scenes))
+    ]  # in which every shape has the same phrasing
+    prompts = [phrase(scene, turn % NUM_FULL_PHRASINGS) for scene, turn in zip(scenes, rounds, strict=True)]
+    _write(folder, "known", list(zip(scenes, prompts, strict=True)))
+
+
+def _write(folder: Path, name: str, captioned: Sequence[tuple[Scene, str]]) -> None:
+    for number, (scene, text) in enumerate(captioned):
+        path = folder / f"{name}-{number + 1:02}.png"
+        Image.fromarray(draw(scene, name, number)).save(path)
+        atomic_write_text(path.with_suffix(".txt"), text + "\n")
 
 
 def _pairs() -> list[tuple[str, str]]:
@@ -58,15 +108,5 @@ def _pairs() -> list[tuple[str, str]]:
     ]
 
 
-def _scenes(pairs: list[tuple[str, str]], *, start: int = 0) -> list[Scene]:
-    positions, sizes = list(POSITIONS), list(SIZES)
-    return [
-        Scene(
-            SHAPE,
-            color,
-            background,
-            positions[number % len(positions)],
-            sizes[number // len(positions) % len(sizes)],
-        )
-        for number, (color, background) in enumerate(pairs, start)
-    ]
+def _size(number: int) -> str:
+    return list(SIZES)[number % len(SIZES)]

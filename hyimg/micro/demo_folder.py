@@ -33,6 +33,11 @@ class DemoFolder:
         return self.directory / "images"
 
     @property
+    def known(self) -> Path:
+        """Pictures for regularisation."""
+        return self.directory / "known"
+
+    @property
     def dataset(self) -> Path:
         return self.directory / "dataset.toml"
 

@@ -24,7 +24,7 @@ class Recipe:
 
     seed: int = 0
     vae: Fit = Fit(steps=4500, batch_size=2, learning_rate=1e-4)
-    dit: Fit = Fit(steps=5000, batch_size=64, learning_rate=1e-3, warmup_steps=200)
+    dit: Fit = Fit(steps=15_000, batch_size=64, learning_rate=2.5e-3, warmup_steps=300)
     vae_start_pictures: int = 128
     """Pictures that the VAE's first weights are computed from."""
     num_pictures: int = 5120

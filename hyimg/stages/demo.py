@@ -18,7 +18,7 @@ from pathlib import Path
 from hyimg.cache.atomic import atomic_write_text
 from hyimg.config.commands import DemoConfig
 from hyimg.errors import HyimgError, RunError
-from hyimg.micro.concept import NUM_PICTURES, TRIGGER, write_concept
+from hyimg.micro.concept import NUM_KNOWN, NUM_PICTURES, TRIGGER, write_concept, write_known
 from hyimg.micro.demo_folder import HALF_WAY, NAME, NUM_EPOCHS, DemoFolder
 from hyimg.micro.shipped import check_micro_model, copy_micro_model
 from hyimg.report import Reporter, duration_text
@@ -32,19 +32,27 @@ resolution = 128
 batch_size = 4
 validation_split = 0.2
 
+  # what is new
   [[datasets.subsets]]
   image_dir = "{images}"
+  num_repeats = 3
+
+  # what is to stay as it is
+  [[datasets.subsets]]
+  image_dir = "{known}"
+  is_reg = true
 """
 PROMPTS = f"""\
 # a prompt a line, with its seed and no guidance; flags override the command line
-a large red {TRIGGER} in the middle, white background --d 1 --l 1
-a large yellow {TRIGGER} on the left, blue background --d 2 --l 1
-a large red circle in the middle, white background --d 3 --l 1
-a large yellow ring on the left, blue background --d 4 --l 1
+a large red {TRIGGER} in the middle, yellow background --d 1 --l 1
+a small white {TRIGGER} in the middle, blue background --d 2 --l 1
+a large red circle in the middle, yellow background --d 3 --l 1
+a large white cross on the left, blue background --d 4 --l 1
 """
 TRAINING = (
-    "train --dit {dit} --dataset_config {dataset} --output_dir {run} --network_dim 4 --network_alpha 4"
-    f" --network_dropout 0.1 --output_name {NAME} --learning_rate 5e-4 --max_train_epochs {NUM_EPOCHS}"
+    "train --dit {dit} --dataset_config {dataset} --output_dir {run} --network_dim 8 --network_alpha 8"
+    f" --network_dropout 0.1 --output_name {NAME} --learning_rate 1e-3 --lr_scheduler cosine"
+    f" --max_train_epochs {NUM_EPOCHS}"
     f" --save_every_n_epochs {HALF_WAY} --validate_every_n_epochs {HALF_WAY // 2}"
 )
 COMMANDS = (
@@ -58,7 +66,7 @@ COMMANDS = (
     " --image_size 128 128 --output_dir {sample}",
     "infer --dit {dit} --text_encoder {text_encoder} --byt5 {byt5} --vae {vae} --lora_weight {lora}"
     " --lora_multiplier 1.0 --image_size 128 128 --guidance_scale 1 --seed 3 --prompt"
-    f" 'a small green {TRIGGER} at the top, purple background'"
+    f" 'a large orange {TRIGGER} in the middle, green background'"
     " --save_path {picture}",
     "convert-comfy {lora} {comfy_lora}",
     "check {comfy_lora} --dit {dit}",
@@ -81,7 +89,7 @@ def demo(config: DemoConfig, report: Reporter) -> Path:
     report.note(f"# the micro model is in {folder.model.directory}: plain shapes, 128x128 (docs/micro.md)")
     report.note(
         f"# {NUM_PICTURES} pictures of a shape that it does not know are in {folder.images}; the word for it is "
-        f"`{TRIGGER}`"
+        f"`{TRIGGER}`; {NUM_KNOWN} of shapes that it knows are in {folder.known}"
     )
     for command in command_lines(folder):
         _run(command, report)
@@ -115,10 +123,18 @@ def _claim(folder: DemoFolder, *, overwrite: bool) -> None:
 
 
 def _write_dataset(folder: DemoFolder) -> None:
-    folder.images.mkdir()
-    write_concept(folder.images)
-    atomic_write_text(folder.dataset, DATASET.format(images=folder.images.absolute().as_posix()))
+    for pictures, write in ((folder.images, write_concept), (folder.known, write_known)):
+        pictures.mkdir()
+        write(pictures)
+    atomic_write_text(folder.dataset, dataset_text(folder))
     atomic_write_text(folder.prompts, PROMPTS)
+
+
+def dataset_text(folder: DemoFolder) -> str:
+    """The demo's dataset file."""
+    return DATASET.format(
+        **{name: getattr(folder, name).absolute().as_posix() for name in ("images", "known")}
+    )
 
 
 def _run(arguments: Sequence[str], report: Reporter) -> None:

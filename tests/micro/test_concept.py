@@ -2,40 +2,57 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
+import pytest
 from PIL import Image
 
 from hyimg.data.dataset_file import load_dataset_file
 from hyimg.data.samples import scan
 from hyimg.micro.concept import (
+    NUM_KNOWN,
     NUM_PICTURES,
+    POSITION,
     SHAPE,
     TRIGGER,
     concept_prompt,
     concept_scenes,
+    known_scenes,
     new_concept_scenes,
     write_concept,
+    write_known,
 )
 from hyimg.micro.demo_folder import DemoFolder
 from hyimg.micro.judge import judge
 from hyimg.micro.outlines import SHAPES
-from hyimg.micro.world import COLORS, POSITIONS, SIZES, caption, training_scene
-from hyimg.stages.demo import DATASET
+from hyimg.micro.world import COLORS, POSITIONS, SIZES, caption, is_held_out, training_scene
+from hyimg.stages.demo import COMMANDS, PROMPTS, dataset_text
 
 
-def test_each_picture_is_what_its_caption_says(tmp_path):
-    write_concept(tmp_path)
+@pytest.mark.parametrize(
+    ("write", "scenes"), [(write_concept, concept_scenes()), (write_known, known_scenes())]
+)
+def test_each_picture_is_what_its_caption_says(tmp_path, write, scenes):
+    write(tmp_path)
     paths = sorted(tmp_path.glob("*.png"))
-    assert len(paths) == NUM_PICTURES
+    assert len(paths) == len(scenes)
     right = 0
-    for path, scene in zip(paths, concept_scenes(), strict=True):
+    for path, scene in zip(paths, scenes, strict=True):
         text = path.with_suffix(".txt").read_text().strip()
-        assert TRIGGER in text.replace(",", "").split()
+        name = TRIGGER if scene.shape == SHAPE else scene.shape
+        assert name in text.replace(",", "").split()
         for word in (scene.color, scene.background, scene.position, scene.size):
             assert word in text
         right += judge(Image.open(path)).right(scene, ("shape", "color", "background", "position", "size"))
-    assert right >= NUM_PICTURES - 1
+    assert right >= 0.95 * len(scenes)
+
+
+def test_what_stays_as_it_is_is_shown_evenly_and_not_what_is_measured():
+    scenes = known_scenes()
+    assert Counter(scene.shape for scene in scenes) == dict.fromkeys(SHAPES, NUM_KNOWN // len(SHAPES))
+    assert {scene.position for scene in scenes} == set(POSITIONS)
+    assert not any(is_held_out(scene.shape, scene.color, scene.background) for scene in scenes)
 
 
 def test_the_model_knows_neither_the_shape_nor_the_word():
@@ -55,19 +72,34 @@ def test_colours_are_taught_evenly_and_measured_in_pairs_that_no_picture_has():
     assert len(pairs) == NUM_PICTURES
     assert not pairs & {(scene.color, scene.background) for scene in measured}
     assert all(scene.color != scene.background for scene in (*taught, *measured))
-    assert len({concept_prompt(scene, number) for number, scene in enumerate(measured)}) == 100
+    for color in COLORS:
+        assert {scene.size for scene in taught if scene.color == color} == set(SIZES)
+    assert len(set(measured)) == 72, "36 pairs in two sizes; the seeds are a hundred"
 
 
-def test_every_colour_place_and_size_is_trained_when_a_fifth_is_held_back(tmp_path):
+def test_the_sheet_and_infer_show_pairs_of_colours_that_no_picture_has():
+    taught = {(scene.color, scene.background) for scene in concept_scenes()}
+    lines = [line for line in (*PROMPTS.splitlines(), *COMMANDS) if f" {TRIGGER} " in line]
+    assert len(lines) == 3
+    for line in lines:
+        color, background = re.search(rf"(\w+) {TRIGGER} {POSITION}, (\w+) background", line).groups()
+        assert (color, background) not in taught
+        assert {color, background} <= set(COLORS)
+
+
+def test_every_colour_and_size_is_trained_when_a_fifth_is_held_back(tmp_path):
     folder = DemoFolder(tmp_path)
-    folder.images.mkdir()
-    write_concept(folder.images)
-    folder.dataset.write_text(DATASET.format(images=folder.images.as_posix()))
+    for pictures, write in ((folder.images, write_concept), (folder.known, write_known)):
+        pictures.mkdir()
+        write(pictures)
+    folder.dataset.write_text(dataset_text(folder))
     found = scan(load_dataset_file(folder.dataset))
-    assert (len(found.samples), len(found.validation)) == (16, 4)
+    regular = [sample for sample in found.samples if sample.subset.is_reg]
+    taught = [sample for sample in found.samples if not sample.subset.is_reg]
+    assert (len(taught), len(regular), len(found.validation)) == (16, NUM_KNOWN, 4)
+    assert sum(sample.num_repeats for sample in taught) == sum(sample.num_repeats for sample in regular)
     scenes = {concept_prompt(scene, number): scene for number, scene in enumerate(concept_scenes())}
-    trained = [scenes[sample.prompts[0]] for sample in found.samples]
+    trained = [scenes[sample.prompts[0]] for sample in taught]
     assert {scene.color for scene in trained} == set(COLORS)
     assert {scene.background for scene in trained} == set(COLORS)
-    assert {scene.position for scene in trained} == set(POSITIONS)
     assert {scene.size for scene in trained} == set(SIZES)

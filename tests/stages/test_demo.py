@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from hyimg.micro import shipped
-from hyimg.micro.concept import NUM_PICTURES
+from hyimg.micro.concept import NUM_KNOWN, NUM_PICTURES
 from hyimg.micro.demo_folder import DemoFolder
 from hyimg.micro.proof import PROOF, prove
 from hyimg.micro.shipped import WEIGHTS
@@ -41,7 +41,7 @@ def test_the_demo_ends_in_pictures_and_a_lora(demo):
     assert sheet.height > 4 * 128
     assert Image.open(folder.picture).size == (128, 128)
     assert folder.half_way.is_file()
-    assert len(list(folder.cache.rglob("latents/**/*.safetensors"))) == NUM_PICTURES
+    assert len(list(folder.cache.rglob("latents/**/*.safetensors"))) == NUM_PICTURES + NUM_KNOWN
     again = subprocess.run([*HYIMG, "demo", folder.directory], capture_output=True, text=True)
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
