@@ -167,7 +167,9 @@ def micro_measures_table() -> str:
         "no_letter_unasked": "no letter, where none is",
     }
     for key, what in names.items():
-        rows.append(f"| {what} | {_share(found['with_prompt'][key])} | {_share(found['prompt_emptied'][key])} |")
+        rows.append(
+            f"| {what} | {_share(found['with_prompt'][key])} | {_share(found['prompt_emptied'][key])} |"
+        )
     return "\n".join(rows)
 
 
@@ -183,7 +185,9 @@ def micro_proof_table() -> str:
         shares = (_share(trigger[who][key]) for who in ("base", "lora", "comfy_lora"))
         rows.append(f"| {what} | {' | '.join(shares)} |")
     shares = (_share(known[who]["shape_and_colors"]) for who in ("base", "lora"))
-    rows.append(f"| known shapes: shape and both colours right (goal: at most 10 points less) | {' | '.join(shares)} | |")
+    rows.append(
+        f"| known shapes: shape and both colours right (goal: at most 10 points less) | {' | '.join(shares)} | |"
+    )
     return "\n".join(rows)
 
 

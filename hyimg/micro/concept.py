@@ -32,25 +32,19 @@ SHAPE = "heart"
 NUM_PICTURES = 20
 NUM_KNOWN = 48
 
-POSITION = "in the middle"
-"""Where all hearts are: at each place a shape is other numbers in the latent, which twenty pictures do not tell."""
+POSITION, SIZE = "in the middle", "large"
+"""Of all hearts: at each place and size a shape is other numbers in the latent, more than twenty pictures tell."""
 
 
 def concept_scenes() -> list[Scene]:
-    """The scenes of the concept's pictures: every colour about equally often, and in both sizes."""
-    return [
-        Scene(SHAPE, *pair, POSITION, _size(number + number // len(COLORS)))
-        for number, pair in enumerate(_pairs()[:NUM_PICTURES])
-    ]
+    """The scenes of the concept's pictures: every colour comes about equally often."""
+    return [Scene(SHAPE, *pair, POSITION, SIZE) for pair in _pairs()[:NUM_PICTURES]]
 
 
 def new_concept_scenes(number: int) -> list[Scene]:
     """`number` scenes with hearts, in pairs of colours that none of the demo's pictures has."""
     pairs = _pairs()[NUM_PICTURES:]
-    return [
-        Scene(SHAPE, *pairs[place % len(pairs)], POSITION, _size(place + place // len(pairs)))
-        for place in range(number)
-    ]
+    return [Scene(SHAPE, *pairs[place % len(pairs)], POSITION, SIZE) for place in range(number)]
 
 
 def concept_prompt(scene: Scene, phrasing: int) -> str:
@@ -65,9 +59,8 @@ def known_scenes() -> list[Scene]:
         shape = list(SHAPES)[number % len(SHAPES)]
         trained = [one for one in combinations(held_out=False) if one[0] == shape]
         position = list(POSITIONS)[number % len(POSITIONS)]
-        scenes.append(
-            Scene(*keyed_random("known", number).choice(trained), position, _size(number // len(POSITIONS)))
-        )
+        size = list(SIZES)[number // len(POSITIONS) % len(SIZES)]
+        scenes.append(Scene(*keyed_random("known", number).choice(trained), position, size))
     return scenes
 
 
@@ -106,7 +99,3 @@ def _pairs() -> list[tuple[str, str]]:
         (names[place], names[(place + step) % len(names)])
         for step, place in product(rounds, range(len(names)))
     ]
-
-
-def _size(number: int) -> str:
-    return list(SIZES)[number % len(SIZES)]

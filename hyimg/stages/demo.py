@@ -45,9 +45,9 @@ validation_split = 0.2
 PROMPTS = f"""\
 # a prompt a line, with its seed and no guidance; flags override the command line
 a large red {TRIGGER} in the middle, yellow background --d 1 --l 1
-a small white {TRIGGER} in the middle, blue background --d 2 --l 1
-a large red circle in the middle, yellow background --d 3 --l 1
-a large white cross on the left, blue background --d 4 --l 1
+a large white {TRIGGER} in the middle, blue background --d 2 --l 1
+a large green triangle at the top, black background --d 3 --l 1
+a large blue ring at the bottom, orange background --d 4 --l 1
 """
 TRAINING = (
     "train --dit {dit} --dataset_config {dataset} --output_dir {run} --network_dim 8 --network_alpha 8"

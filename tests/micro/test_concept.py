@@ -52,6 +52,7 @@ def test_what_stays_as_it_is_is_shown_evenly_and_not_what_is_measured():
     scenes = known_scenes()
     assert Counter(scene.shape for scene in scenes) == dict.fromkeys(SHAPES, NUM_KNOWN // len(SHAPES))
     assert {scene.position for scene in scenes} == set(POSITIONS)
+    assert {scene.size for scene in scenes} == set(SIZES)
     assert not any(is_held_out(scene.shape, scene.color, scene.background) for scene in scenes)
 
 
@@ -72,9 +73,7 @@ def test_colours_are_taught_evenly_and_measured_in_pairs_that_no_picture_has():
     assert len(pairs) == NUM_PICTURES
     assert not pairs & {(scene.color, scene.background) for scene in measured}
     assert all(scene.color != scene.background for scene in (*taught, *measured))
-    for color in COLORS:
-        assert {scene.size for scene in taught if scene.color == color} == set(SIZES)
-    assert len(set(measured)) == 72, "36 pairs in two sizes; the seeds are a hundred"
+    assert len(set(measured)) == 36, "all other pairs; the seeds are a hundred"
 
 
 def test_the_sheet_and_infer_show_pairs_of_colours_that_no_picture_has():
@@ -87,7 +86,7 @@ def test_the_sheet_and_infer_show_pairs_of_colours_that_no_picture_has():
         assert {color, background} <= set(COLORS)
 
 
-def test_every_colour_and_size_is_trained_when_a_fifth_is_held_back(tmp_path):
+def test_every_colour_is_trained_when_a_fifth_is_held_back(tmp_path):
     folder = DemoFolder(tmp_path)
     for pictures, write in ((folder.images, write_concept), (folder.known, write_known)):
         pictures.mkdir()
@@ -102,4 +101,3 @@ def test_every_colour_and_size_is_trained_when_a_fifth_is_held_back(tmp_path):
     trained = [scenes[sample.prompts[0]] for sample in taught]
     assert {scene.color for scene in trained} == set(COLORS)
     assert {scene.background for scene in trained} == set(COLORS)
-    assert {scene.size for scene in trained} == set(SIZES)
