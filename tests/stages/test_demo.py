@@ -49,20 +49,16 @@ def test_the_demo_ends_in_pictures_and_a_lora(demo):
 
 @pytest.mark.long
 def test_the_demo_has_taught_what_was_measured(demo):
-    """Half of the pictures that were measured, with the same seeds.
-
-    The shipped proof's scores are of 100, of which these are the first 50: where the training ends a little
-    differently, on another machine, the difference of the two has a deviation of about 0.07 for a share of 0.8.
-    """
+    """Half of the pictures that were measured, with the same seeds, less a margin for what other machines round."""
     folder, _ = demo
     measured = json.loads((WEIGHTS / PROOF).read_text())
     proof = prove(folder.directory, SilentReporter(), num_seeds=50)
     trigger, known = proof["trigger"], proof["without_trigger"]
     for name in ("shape", "shape_and_colors", "position"):
         assert trigger["lora"][name] >= measured["trigger"]["lora"][name] - 0.15
-    assert trigger["lora"]["shape"] >= trigger["base"]["shape"] + 0.3
+    assert trigger["base"]["shape"] <= 0.1
     assert trigger["comfy_lora"] == trigger["lora"]
-    assert known["lora"]["shape_and_colors"] >= measured["without_trigger"]["lora"]["shape_and_colors"] - 0.15
+    assert known["lora"]["shape_and_colors"] >= known["base"]["shape_and_colors"] - 0.15
     assert proof["multiplier_0_equals_base"] is True
     assert proof["validation_loss"]["last"] < proof["validation_loss"]["first"]
 
