@@ -32,10 +32,10 @@ def resolve_device(name: str | None, report: Reporter | None = None) -> torch.de
             if torch.version.cuda is None:
                 way_out = "install a CUDA build of torch (https://pytorch.org/get-started)"
             else:
-                way_out = "its driver may be too old, or `CUDA_VISIBLE_DEVICES` hide it"
+                way_out = "update the driver, or see what `CUDA_VISIBLE_DEVICES` says"
             report.warning(
                 f"an NVIDIA driver is there, but torch {torch.__version__} sees no CUDA device, and all is computed on "
-                f"the CPU: {way_out} (`--device cpu` means to)"
+                f"the CPU: {way_out}; with `--device cpu` this is not said"
             )
         return torch.device("cpu")
     try:

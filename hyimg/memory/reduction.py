@@ -42,9 +42,10 @@ def process_group(processes: Processes, device: torch.device, timeout: timedelta
         return
     # Windows has no NCCL, and gloo sums on a GPU too
     is_nccl = device.type == "cuda" and torch.distributed.is_nccl_available()
-    # NCCL is to take its memory now and not after the first backward pass, when torch has all there is: it connects
-    # at once where it knows the device, and makes its buffers then where it is told not to wait for the first sum
-    os.environ.setdefault("NCCL_RUNTIME_CONNECT", "0")
+    if is_nccl:
+        # It is to take its memory now and not after the first backward pass, when torch has all there is: it connects
+        # at once where it knows the device, and makes its buffers then where it is told not to wait for the first sum
+        os.environ.setdefault("NCCL_RUNTIME_CONNECT", "0")
     try:
         torch.distributed.init_process_group(
             "nccl" if is_nccl else "gloo",

@@ -39,6 +39,8 @@ def test_memory_that_runs_out_in_a_sum_is_no_lost_connection(monkeypatch):
 @pytest.mark.parametrize(("device", "is_nccl"), [("cuda:1", True), ("cuda:1", False), ("cpu", True)])
 def test_nccl_takes_its_memory_before_the_model_does(monkeypatch, device, is_nccl):
     told = {}
+    monkeypatch.setenv("NCCL_RUNTIME_CONNECT", "")  # so that it is as it was afterwards
+    monkeypatch.delenv("NCCL_RUNTIME_CONNECT")
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: is_nccl)
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda *names, **more: told.update(more, on=names[0])
@@ -47,6 +49,7 @@ def test_nccl_takes_its_memory_before_the_model_does(monkeypatch, device, is_ncc
         pass
     expected = ("nccl", torch.device(device)) if is_nccl and device != "cpu" else ("gloo", None)
     assert (told["on"], told["device_id"]) == expected
+    assert os.environ.get("NCCL_RUNTIME_CONNECT") == ("0" if expected[0] == "nccl" else None)
 
 
 def test_cards_that_cannot_reach_each_other_are_told_to_nccl(monkeypatch):
