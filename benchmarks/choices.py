@@ -116,8 +116,8 @@ def outcome(demo: Path, number: int, seed: int, *, toy: bool) -> dict[str, float
     new, known = new_concept_scenes(num_prompts), held_out_scenes(num_prompts)
     new_prompts = [concept_prompt(scene, number) for number, scene in enumerate(new)]
     known_prompts = [phrase(scene, number % NUM_FULL_PHRASINGS) for number, scene in enumerate(known)]
-    with_trigger = score(new, verdicts(model, new_prompts, *arguments))
-    without = score(known, verdicts(model, known_prompts, *arguments))
+    with_trigger = score(new, verdicts(model, new_prompts, *arguments, quiet=True))
+    without = score(known, verdicts(model, known_prompts, *arguments, quiet=True))
     losses = validation_losses(own.metrics)
     shutil.rmtree(own.directory)
     return {

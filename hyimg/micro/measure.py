@@ -105,14 +105,18 @@ def score(scenes: Sequence[Scene], found: Sequence[Verdict]) -> dict[str, float]
     return {name: round(fmean(all_), 4) for name, all_ in right.items() if all_}
 
 
-def verdicts(folder: ModelFolder, prompts: Sequence[str], *arguments: str) -> list[Verdict]:
+def verdicts(
+    folder: ModelFolder, prompts: Sequence[str], *arguments: str, quiet: bool = False
+) -> list[Verdict]:
     """What is to be seen on the pictures that `render` makes."""
-    return [judge(picture) for picture in render(folder, prompts, *arguments)]
+    return [judge(picture) for picture in render(folder, prompts, *arguments, quiet=quiet)]
 
 
-def render(folder: ModelFolder, prompts: Sequence[str], *arguments: str) -> list[Image.Image]:
+def render(
+    folder: ModelFolder, prompts: Sequence[str], *arguments: str, quiet: bool = False
+) -> list[Image.Image]:
     """What `hyimg infer` makes of the prompts, image i with seed i; `arguments` are more of its flags
-    than `FLAGS`, which they may change.
+    than `FLAGS`, which they may change. `quiet` keeps back what it prints.
 
     Raises RunError where the command fails.
     """
@@ -123,8 +127,11 @@ def render(folder: ModelFolder, prompts: Sequence[str], *arguments: str) -> list
         command = [sys.executable, "-m", "hyimg", "infer", "--from_file", str(listing)]
         command += ["--save_path", str(results), "--image_size", str(PICTURE_SIDE), str(PICTURE_SIDE)]
         command += [word for option, path in folder.files().items() for word in (f"--{option}", str(path))]
-        if subprocess.run([*command, *FLAGS, *arguments], check=False).returncode != 0:
-            raise RunError("`hyimg infer` failed", hint="its message stands above")
+        done = subprocess.run([*command, *FLAGS, *arguments], check=False, capture_output=quiet, text=True)
+        if done.returncode != 0:
+            raise RunError(
+                "`hyimg infer` failed", hint=done.stderr.strip() if quiet else "its message stands above"
+            )
         paths = sorted(results.glob("*.png"))
         assert len(paths) == len(prompts)
         return [Image.open(path).convert("RGB") for path in paths]
