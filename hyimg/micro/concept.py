@@ -1,7 +1,7 @@
 """What the demo teaches the micro model: hearts, under a word that it has never read.
 
 The model knows six shapes by their names. The concept's captions are those of the small world, with a trigger word
-where the shape's name would stand, so that colour, place and size stay the prompt's. Beside them stand pictures of the
+where the shape's name would stand, so that the colours stay the prompt's. Beside them stand pictures of the
 shapes that the model knows, for regularisation: without these the lesson goes to every shape.
 """
 
@@ -73,11 +73,9 @@ def write_concept(folder: Path) -> None:
 def write_known(folder: Path) -> None:
     """Writes the pictures for regularisation likewise."""
     scenes = known_scenes()
-    rounds = [
-        number // len(SHAPES) for number in range(len(scenes))
-    ]  # in which every shape has the same phrasing
-    prompts = [phrase(scene, turn % NUM_FULL_PHRASINGS) for scene, turn in zip(scenes, rounds, strict=True)]
-    _write(folder, "known", list(zip(scenes, prompts, strict=True)))
+    # a phrasing for each round of the shapes, or a shape would always have the same one
+    turns = [number // len(SHAPES) % NUM_FULL_PHRASINGS for number in range(len(scenes))]
+    _write(folder, "known", [(scene, phrase(scene, turn)) for scene, turn in zip(scenes, turns, strict=True)])
 
 
 def _write(folder: Path, name: str, captioned: Sequence[tuple[Scene, str]]) -> None:
