@@ -9,6 +9,7 @@ Shapes: P tokens, I input features, O output features
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from hyimg.lora.plan import ModulePlan
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """What is trained beside one frozen Linear: it adds multiplier * x @ delta().T to the Linear's output.
 
     It is one of `hyimg.model.layers.Linear.adapters`. `alpha` and `multiplier` are plain numbers, so that the
@@ -72,13 +73,14 @@ class Adapter(nn.Module):
         """Sets the first values, so that a fresh adapter does nothing.
 
         Drawn from `hyimg.randomness.keyed_generator(*key, "a word for each parameter")`, never from torch's
-        global generator: then they are the same whatever else is drawn, and on every process.
+        global generator: then they are the same whatever else is drawn, and on every process. Kinds that are only read
+        from files have none.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no `initialize`")
 
+    @abstractmethod
     def delta(self) -> Tensor:
         """What is added to the base weight at a multiplier of 1, `scale` in it: float32 (O, I), with its graph."""
-        raise NotImplementedError
 
     # ---- what follows
 
@@ -134,7 +136,7 @@ class Adapter(nn.Module):
 
     def shrink(self, factor: float) -> None:
         """Makes the update `factor` times what it is; for kinds that honour `scale_weight_norms`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no `shrink`")
 
     def attached(self, linear: Linear) -> None:
         """Called when the adapter begins to act on a Linear."""

@@ -11,6 +11,7 @@ Shapes: P tokens, I input features, O output features
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -43,23 +44,22 @@ class LyCORIS(Adapter):
                 self.register_parameter(role, nn.Parameter(tensor.float(), requires_grad=False))
 
     @staticmethod
+    @abstractmethod
     def _rank(tensors: Mapping[str, Tensor]) -> int | None:
         """What alpha is divided by; None where nothing is scaled."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        raise NotImplementedError
+        """(O, I) of the update."""
 
-    @torch.no_grad()
+    @abstractmethod
     def rows(self, rows: slice, device: torch.device | str | None = None) -> Tensor:
         """Some rows of the update, scaled, float32."""
-        raise NotImplementedError
 
-    @torch.no_grad()
+    @abstractmethod
     def norm(self) -> float:
         """Frobenius norm of the update."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def delta(self, device: torch.device | None = None) -> Tensor:

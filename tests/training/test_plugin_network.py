@@ -187,6 +187,14 @@ class Raising(Good):
         raise ValueError("no\nluck")
 
 
+class WithoutFirstValues(Good):
+    initialize = Adapter.initialize
+
+
+class WithoutDelta(Good):
+    delta = Adapter.delta
+
+
 class Untrained(Good):
     def delta(self):
         return self.whole.detach()
@@ -197,6 +205,8 @@ class Untrained(Good):
     [
         (OfAnotherShape, "`--network_module kind` does not work on `"),
         (Raising, "ValueError: no luck"),
+        (WithoutFirstValues, "WithoutFirstValues has no `initialize`"),
+        (WithoutDelta, "abstract method"),
         (Untrained, "nothing of it can be trained"),
         (nn.Linear, "`--network_module` `kind` is no kind of adapter"),
     ],
