@@ -59,10 +59,9 @@ def _recipe(given: argparse.Namespace) -> Recipe:
 
 
 def _positive_number(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not `{text}`")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:

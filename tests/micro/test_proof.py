@@ -69,3 +69,11 @@ def test_a_folder_without_a_finished_demo_is_told(demo, capsys):
     demo.marker.touch()
     assert main(["prove", str(demo.directory)]) == 2
     assert f"`hyimg demo --overwrite '{demo.directory}'`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", ["0", "-1", "1.5"])
+def test_a_count_that_is_none_is_told(demo, capsys, seeds):
+    with pytest.raises(SystemExit) as ended:
+        main(["prove", str(demo.directory), "--seeds", seeds])
+    assert ended.value.code == 2
+    assert f"must be a whole number of 1 or more, not `{seeds}`" in capsys.readouterr().err
