@@ -12,21 +12,35 @@ PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 PLUGIN_FILES := $(wildcard plugins/*/pyproject.toml plugins/*/*.py plugins/*/*/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long check fix docs bench clean
+.PHONY: help setup demo test test-long test-slow test-faults check fix docs bench clean
 
 help:
 	@echo "make demo       teach a micro model a new shape, with the real commands: pictures and a LoRA in demo/"
 	@echo "make test       run the tests (12 minutes at most on two cores)"
-	@echo "make test-long  run the tests that take longer"
+	@echo "make test-long  run the tests that take longer: test-slow, and test-faults, which searches for new faults"
 	@echo "make check      formatting, lint, types, generated docs"
-	@echo "make fix        format, mend what lint can, regenerate docs"
+	@echo "make fix        format, fix what lint can, regenerate docs"
 	@echo "make docs       regenerate the reference pages"
 	@echo "make bench      measure speed and memory (BENCH=--help lists its parts, BENCH=loading measures one)"
 	@echo "make setup      only make $(VENV) with everything for development"
 
+# pyproject.toml's classifiers list the versions that were tested. The code is passed in the environment, since shells
+# differ in quoting, and must run in any Python 3
+define CHECK_PYTHON
+import re, sys
+with open("pyproject.toml", encoding="utf-8") as file:
+    tested = sorted(int(minor) for minor in re.findall(r"Python :: 3\.(\d+)", file.read()))
+this = "{}.{}".format(*sys.version_info)
+if tuple(sys.version_info[:2]) < (3, tested[0]):
+    sys.exit("hyimg needs Python 3.{0} or later, and `$(PYTHON)` is {1}: run `make PYTHON=python3.{2}`, or another that is installed".format(tested[0], this, tested[-1]))
+if tuple(sys.version_info[:2]) > (3, tested[-1]):
+    print("warning: hyimg was tested with Python 3.{} to 3.{}, and `$(PYTHON)` is {}".format(tested[0], tested[-1], this))
+endef
+export CHECK_PYTHON
+
 # What each verb needs is installed once, and again when the project's requirements change
 $(VENV)/made:
-	@$(PYTHON) -c 'import sys; v = sys.version_info; ok = (3, 10) <= v[:2] <= (3, 13); sys.exit(0 if ok else f"hyimg needs Python 3.10 to 3.13, $(PYTHON) is {v[0]}.{v[1]}: run make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import os; exec(os.environ["CHECK_PYTHON"])'
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
@@ -50,10 +64,15 @@ demo: $(VENV)/installed
 	$(BIN)/hyimg demo demo --overwrite
 
 test: $(VENV)/plugins-test
-	$(BIN)/python -m pytest -n 2 -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
-test-long: $(VENV)/plugins-test
-	$(BIN)/python -m pytest -m long
+test-long: test-slow test-faults
+
+test-slow: $(VENV)/plugins-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long --ignore tests/robustness/test_untrusted_input.py
+
+test-faults: $(VENV)/plugins-test
+	$(BIN)/python -m pytest -m long tests/robustness/test_untrusted_input.py  # which runs two processes itself
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check

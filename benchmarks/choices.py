@@ -1,7 +1,7 @@
 """Whether training options change what the demo's LoRA learns: the micro model, one option at a time, several seeds.
 
-The demo's training is repeated from the demo's caches, and the LoRA is judged as `python -m hyimg.micro prove` judges
-it, of fewer pictures. The spread over seeds says what a difference between two options is worth.
+The demo's training is repeated from the demo's caches, and the LoRA is judged as by `benchmarks.micro prove`, on fewer
+images. The spread over seeds shows what a difference between two options is worth.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Choice:
 
 
 CHOICES = (
-    Choice("as the demo: bf16, sigma"),
+    Choice("as the demo: sigma"),
+    Choice("bf16", "--mixed_precision bf16"),
     Choice("float32", "--mixed_precision no"),
     Choice("fp8_scaled", "--fp8_scaled"),
     Choice("blocks_to_swap", "--blocks_to_swap 1"),
@@ -82,11 +83,10 @@ def _figure(choice: Choice, outcomes: Sequence[dict[str, float]]) -> Figure:
 
 def outcome(demo: Path, number: int, seed: int, *, toy: bool) -> dict[str, float]:
     """Trains as the choice of this number says, and judges. For a process of its own: it imports torch."""
-    from hyimg.micro.concept import concept_prompt, new_concept_scenes
-    from hyimg.micro.demo_folder import DemoFolder
-    from hyimg.micro.measure import score, verdicts
-    from hyimg.micro.proof import validation_losses
-    from hyimg.micro.world import NUM_FULL_PHRASINGS, held_out_scenes, phrase
+    from benchmarks.micro.judge import score, verdicts
+    from benchmarks.micro.proof import validation_losses
+    from hyimg.demo.concept import DemoFolder, concept_prompt, new_concept_scenes
+    from hyimg.demo.world import NUM_FULL_PHRASINGS, held_out_scenes, phrase
     from hyimg.stages.demo import TRAINING
 
     choice, source = CHOICES[number], DemoFolder(demo)

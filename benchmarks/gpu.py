@@ -21,8 +21,8 @@ from benchmarks.figures import Figure, Options, apart, median
 from benchmarks.models import FULL, NUM_TEXT, RANK, TOY_DEEP, attach_lora, random_dit, training_step
 from benchmarks.peaks import DevicePeak
 from benchmarks.streaming import block_bytes, block_operations
-from hyimg.model.architecture import SPATIAL_FACTOR, DiTArch
-from hyimg.model.keys import linear_modules
+from hyimg.checkpoints.architecture import SPATIAL_FACTOR, DiTArch
+from hyimg.checkpoints.names import linear_modules
 
 if TYPE_CHECKING:
     from hyimg.memory.swap import BlockSwap
@@ -133,7 +133,7 @@ def run(form: Form, options: Options) -> list[dict[str, Any]]:
     """Each mode and size of a form; those that do not fit say so."""
     import torch
 
-    from hyimg.memory.out_of_memory import out_of_memory_place
+    from hyimg.errors import out_of_memory_place
 
     arch = TOY_DEEP if options.toy else FULL
     is_cuda = options.device.startswith("cuda")
@@ -162,28 +162,29 @@ def run(form: Form, options: Options) -> list[dict[str, Any]]:
 
 
 def build(form: Form, arch: DiTArch, device: str) -> tuple[DiT, BlockSwap | None]:
-    """The model as `DiTOptions.load` leaves it, with random weights in place of a file's."""
+    """The model as `DiTSetup.load` leaves it, with random weights in place of a file's."""
     import torch
 
-    from hyimg.memory.placement import DiTPlacement
-    from hyimg.memory.swap import BlockSwap
-    from hyimg.memory.swap_plan import SwapPlan, max_blocks_to_swap
+    from hyimg.memory.dit_loader import DiTPlacement
+    from hyimg.memory.swap import BlockSwap, max_blocks_to_swap, streamed_units
 
-    plan = SwapPlan.for_arch(arch, min(form.blocks_to_swap, max_blocks_to_swap(arch)))
+    units = streamed_units(arch, min(form.blocks_to_swap, max_blocks_to_swap(arch)))
     target = torch.device(device)
-    dit = random_dit(arch, DiTPlacement(target, torch.bfloat16, plan=plan, fp8=form.fp8))
-    return dit, BlockSwap(dit, plan, target, checkpointing=True) if plan.units else None
+    dit = random_dit(arch, DiTPlacement(target, torch.bfloat16, units=units, fp8=form.fp8))
+    return dit, BlockSwap(dit, units, target, checkpointing=True) if units else None
 
 
 def _install(mode: Mode, dit: DiT, swap: BlockSwap | None) -> None:
-    from hyimg.memory.activations import CheckpointOptions
-    from hyimg.memory.dit import DiTOptions
+    from hyimg.config.models import TrainingMemory
+    from hyimg.memory.dit_loader import install_run_block
 
     kind = mode.checkpointing
-    checkpointing = CheckpointOptions(
-        enabled=kind != "off", keep_attention=kind == "keep", offload=kind == "offload"
+    checkpointing = TrainingMemory(
+        gradient_checkpointing=kind != "off",
+        checkpoint_keep="attention" if kind == "keep" else None,
+        cpu_offload_checkpointing=kind == "offload",
     )
-    DiTOptions(torch_compile=mode.compile, checkpointing=checkpointing, training=True).install(dit, swap)
+    install_run_block(dit, checkpointing, swap, torch_compile=mode.compile)
 
 
 def _measure_step(

@@ -11,10 +11,10 @@ def write_lora(path: Path) -> None:
     """A LoRA of the real model's modules in the reference tool's names, of a rank that makes the file large."""
     import torch
 
-    from hyimg.lora.file import save_lora
-    from hyimg.lora.formats import lora_name
-    from hyimg.model.architecture import DIT_2_1
-    from hyimg.model.keys import linear_modules
+    from hyimg.checkpoints.architecture import DIT_2_1
+    from hyimg.checkpoints.names import linear_modules
+    from hyimg.lora.files.conversion import save_lora
+    from hyimg.lora.files.formats import lora_name
 
     modules = linear_modules(DIT_2_1)
     rank = LORA_BYTES // sum(2 * (m.in_features + m.out_features) for m in modules)

@@ -63,14 +63,16 @@ def load(path: Path, way: Way, device: str, toy: bool) -> dict[str, float]:
     """Seconds, and bytes of memory."""
     import torch
 
-    from hyimg.memory.dit import DiTOptions
-    from hyimg.memory.swap_plan import max_blocks_to_swap
+    from hyimg.checkpoints.header_check import open_dit
+    from hyimg.config.models import Memory
+    from hyimg.memory.dit_loader import DiTSetup
+    from hyimg.memory.swap import max_blocks_to_swap
     from hyimg.model.dit import DiT
     from hyimg.report import SilentReporter
 
     arch = TOY_DEEP if toy else TWO_GB
     swapped = max_blocks_to_swap(arch) if way.blocks_to_swap < 0 else way.blocks_to_swap
-    options = DiTOptions(fp8_scaled=way.fp8, blocks_to_swap=swapped)
+    memory = Memory(fp8_scaled=way.fp8, blocks_to_swap=swapped)
     if device.startswith("cuda"):
         torch.zeros(1, device=device)  # the context is nobody's weights
         torch.cuda.reset_peak_memory_stats(device)
@@ -84,7 +86,8 @@ def load(path: Path, way: Way, device: str, toy: bool) -> dict[str, float]:
             dit.load_state_dict(load_file(path), assign=True)
             dit.to(device)
         else:
-            dit = options.load(path, torch.device(device), torch.bfloat16, SilentReporter(), mmap=way.mmap)
+            opened = open_dit(path, mmap=way.mmap)
+            dit = DiTSetup(opened, memory, torch.device(device), torch.bfloat16).load(SilentReporter())
         seconds = time.perf_counter() - started
     result = {
         "seconds": seconds,

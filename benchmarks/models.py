@@ -8,15 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hyimg.model.architecture import DIT_2_1, DIT_TINY, DiTArch
+from hyimg.checkpoints.architecture import DIT_2_1, DIT_TINY, DiTArch
 
 if TYPE_CHECKING:
     import torch
 
-    from hyimg.lora.network import LoRANetwork
-    from hyimg.model.conditioning import TextCondition
-    from hyimg.model.dit import DiT
-    from hyimg.model.loading import Placement
+    from hyimg.lora.network import AdapterNetwork
+    from hyimg.model.dit import DiT, TextCondition
+    from hyimg.model.loading import WeightPlacement
 
 FULL = DIT_2_1
 # 230 million parameters: large enough that products, not Python, take the time of a step
@@ -41,7 +40,7 @@ RANK = 16
 NUM_TEXT = 128
 
 
-def random_dit(arch: DiTArch, placement: Placement, seed: int = 0) -> DiT:
+def random_dit(arch: DiTArch, placement: WeightPlacement, seed: int = 0) -> DiT:
     """A DiT whose weights are made in place, one at a time, on the placement's device and then put where it says.
 
     Every product keeps its input's order of magnitude.
@@ -68,16 +67,16 @@ def write_dit(path: Path, arch: DiTArch) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from hyimg.model.loading import Placement
+    from hyimg.model.loading import WeightPlacement
 
-    save_file(random_dit(arch, Placement("cpu", torch.bfloat16)).state_dict(), path)
+    save_file(random_dit(arch, WeightPlacement("cpu", torch.bfloat16)).state_dict(), path)
 
 
-def attach_lora(dit: DiT, rank: int = RANK) -> LoRANetwork:
+def attach_lora(dit: DiT, rank: int = RANK) -> AdapterNetwork:
     """A LoRA on every Linear of the blocks, on the DiT's device, as `train` makes it."""
-    from hyimg.lora.network import LoRANetwork
+    from hyimg.lora.network import AdapterNetwork
 
-    network = LoRANetwork.create(dit, rank=rank, alpha=rank).to(dit.device)
+    network = AdapterNetwork.create(dit, rank=rank, alpha=rank).to(dit.device)
     network.attach(dit)
     return network
 
@@ -88,7 +87,7 @@ def inputs(
     """A noisy latent of `side` x `side` (as many image tokens), its timestep and a text, batch 1."""
     import torch
 
-    from hyimg.model.conditioning import TextCondition
+    from hyimg.model.dit import TextCondition
 
     generator = torch.Generator().manual_seed(seed)
     latent_BCHW = torch.randn(1, dit.arch.latent_channels, side, side, generator=generator)
@@ -97,7 +96,9 @@ def inputs(
     return latent_BCHW.to(dit.device), torch.tensor([500.0], device=dit.device), text.to(dit.device)
 
 
-def training_step(dit: DiT, network: LoRANetwork, side: int, num_text: int = NUM_TEXT) -> Callable[[], float]:
+def training_step(
+    dit: DiT, network: AdapterNetwork, side: int, num_text: int = NUM_TEXT
+) -> Callable[[], float]:
     """One step on a fixed batch: forward, loss, backward, AdamW on the LoRA. It returns the loss.
 
     On CUDA the optimiser is bitsandbytes' 8-bit AdamW, the usual one where memory is short.

@@ -130,7 +130,7 @@ def heads(qkv_BLX: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def rotated(x_BLNK: Tensor, rope: Rope) -> Tensor:
     """Image tokens, turned."""
-    cos, sin = rope.turn_MP2[: x_BLNK.shape[1], None].unbind(-1)
+    cos, sin = rope.freqs_MP2[: x_BLNK.shape[1], None].unbind(-1)
     first, second = x_BLNK.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return turned.flatten(-2).to(x_BLNK.dtype)

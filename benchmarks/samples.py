@@ -7,7 +7,6 @@ final save included.
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,14 +52,15 @@ def synthesise(
 
     `side` in pixels; the shapes of cached latents (CHW) and texts (tokens, width) are the tiny model's by default.
     """
-    from hyimg.cache.entry_file import RawTensor
-    from hyimg.cache.identity import FileStat, hash_bytes
+    import torch
+
+    from hyimg.cache.hashing import FileStat, hash_bytes
     from hyimg.cache.index import Index
     from hyimg.cache.latents import LatentStore
-    from hyimg.cache.text import TextStore
+    from hyimg.cache.prompt_embeddings import TextStore
+    from hyimg.data.caching import latent_tasks, text_tasks
     from hyimg.data.dataset_file import load_dataset_file
-    from hyimg.data.plan import latent_tasks, text_tasks
-    from hyimg.data.samples import scan
+    from hyimg.data.scan import scan
     from hyimg.data.workspace import cache_folder
 
     images = folder / "images"
@@ -79,15 +79,13 @@ def synthesise(
         index.remember_content_hash(str(path), FileStat.of(path.stat()), hash_bytes(content))
         index.remember_image_size(hash_bytes(content), (side, side))
     samples = scan(load_dataset_file(dataset), index).samples
-    latent, text = (
-        RawTensor("F16", shape, bytes(2 * math.prod(shape))) for shape in (latent_shape, text_shape)
-    )
+    latent, text = (torch.zeros(shape, dtype=torch.float16) for shape in (latent_shape, text_shape))
     latents = LatentStore(cache_dir / "latents", "synthetic", index=index)
-    for key, task in latent_tasks(samples, latents).items():
-        latents.write_raw(key, {"mean": latent, "std": latent}, vars(task.recipe))
+    for key, (sample, flipped) in latent_tasks(samples, latents).items():
+        latents.write_tensors(key, {"mean": latent, "std": latent}, vars(sample.recipe(flipped)))
     texts = TextStore(cache_dir / "text", "synthetic", index=index)
     for key, prompt in text_tasks(samples, texts).items():
-        texts.write_raw(key, {"text": text}, {"prompt": prompt})
+        texts.write_tensors(key, {"text": text}, {"prompt": prompt})
     index.close()
     return dataset
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.figures import Figure, Options, apart
-from hyimg.model.architecture import DIT_2_1, DiTArch
-from hyimg.model.keys import linear_modules
+from hyimg.checkpoints.architecture import DIT_2_1, DiTArch
+from hyimg.checkpoints.names import linear_modules
 
 BLOCKS_TO_SWAP = (9, 18, 32, 37)
 TOKENS = 4096
@@ -118,16 +118,15 @@ def simulate(
     training has.
     """
     from hyimg.memory.streaming import Phase, Streamer
-    from hyimg.memory.swap import NUM_SLOTS
-    from hyimg.memory.swap_plan import SwapPlan
+    from hyimg.memory.swap import NUM_SLOTS, streamed_units
 
     num_slots = num_slots or NUM_SLOTS
-    plan = SwapPlan.for_arch(arch, blocks_to_swap)
-    unit_of = {block: number for number, blocks in enumerate(plan.units) for block in blocks}
+    plan = streamed_units(arch, blocks_to_swap)
+    unit_of = {block: number for number, blocks in enumerate(plan) for block in blocks}
     byte_of, operations_of = block_bytes(arch, fp8=fp8), block_operations(arch, TOKENS)
-    copies = [sum(byte_of[block] for block in blocks) / machine.link for blocks in plan.units]
+    copies = [sum(byte_of[block] for block in blocks) / machine.link for blocks in plan]
     engine = VirtualEngine(copies, num_slots)
-    streamer = Streamer(len(plan.units), num_slots, engine)
+    streamer = Streamer(len(plan), num_slots, engine)
     computing = 0.0
 
     def run(block: str, phase: Phase, passes: int) -> None:

@@ -104,21 +104,19 @@ def make_encoder(path: Path) -> None:
 
 def entry_bytes() -> tuple[float, float]:
     """Mean bytes of a caption's cache entry at the real widths: ours, and the reference tool's."""
-    from hyimg.cache.entry_file import RawTensor, pack
+    from hyimg.cache.entry_file import file_size
     from hyimg.encoders.glyph import glyph_prompt
-    from hyimg.encoders.template import TEMPLATE_TOKENS
-    from hyimg.encoders.tokenizer import load_qwen_tokenizer
+    from hyimg.encoders.tokenizer import TEMPLATE_TOKENS, load_qwen_tokenizer
 
     tokenizer = load_qwen_tokenizer(None, Path("no encoder"))
     ours = theirs = 0
     for caption in captions():
         num_tokens = len(tokenizer.encode(caption).ids) - TEMPLATE_TOKENS
-        tensors = {"text": RawTensor("BF16", (num_tokens, _REAL_WIDTH), bytes(2 * num_tokens * _REAL_WIDTH))}
+        tensors = {"text": ("BF16", (num_tokens, _REAL_WIDTH))}
         if (glyph := glyph_prompt(caption)) is not None:
             num_glyphs = min(len(glyph.encode()) + 1, _MOST_GLYPHS)
-            size = 2 * num_glyphs * _GLYPH_WIDTH
-            tensors["byt5"] = RawTensor("F16", (num_glyphs, _GLYPH_WIDTH), bytes(size))
-        ours += len(pack("0" * 64, tensors, {"prompt": caption}))
+            tensors["byt5"] = ("F16", (num_glyphs, _GLYPH_WIDTH))
+        ours += file_size(tensors, {"prompt": caption})
         theirs += 4 * num_tokens * _REAL_WIDTH + 4 * _MOST_GLYPHS * _GLYPH_WIDTH
     return ours / NUM_CAPTIONS, theirs / NUM_CAPTIONS
 
@@ -190,9 +188,8 @@ def _transformers(path: Path, rows: Sequence[Sequence[int]]) -> Callable[[], Any
     from transformers import Qwen2_5_VLTextConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-    from hyimg.encoders.batching import equal_length_batches
-    from hyimg.encoders.qwen import check_qwen
-    from hyimg.model.safetensors_file import Checkpoint
+    from hyimg.checkpoints.safetensors_file import Checkpoint
+    from hyimg.encoders.qwen import check_qwen, equal_length_batches
 
     arch = check_qwen(path)
     config = Qwen2_5_VLTextConfig(
@@ -220,7 +217,7 @@ def _transformers(path: Path, rows: Sequence[Sequence[int]]) -> Callable[[], Any
         model.rotary_emb = type(model.rotary_emb)(config)
         states = []
         with torch.no_grad():
-            for batch in equal_length_batches(rows, BATCH_SIZE):
+            for batch in equal_length_batches([len(row) for row in rows], BATCH_SIZE):
                 ids_BT = torch.tensor([rows[i] for i in batch])
                 out = model(input_ids=ids_BT, output_hidden_states=True, use_cache=False)
                 states.append(out.hidden_states[-3].clone())

@@ -18,7 +18,7 @@ from statistics import median
 from benchmarks.figures import HYIMG, Figure, Options, apart
 from benchmarks.models import MID, NUM_TEXT, RANK, TOY, write_dit
 from benchmarks.samples import synthesise
-from hyimg.model.architecture import SPATIAL_FACTOR
+from hyimg.checkpoints.architecture import SPATIAL_FACTOR
 
 SIDES = (16, 32, 64)
 NUM_IMAGES = 20

@@ -95,18 +95,20 @@ def run(case: Case, runs: int) -> dict[str, float]:
 
     from benchmarks.models import MID, TOY, attach_lora, random_dit, training_step
     from benchmarks.plain import PlainBlocks
-    from hyimg.memory.activations import CheckpointOptions, checkpointed
-    from hyimg.model.loading import Placement
+    from hyimg.config.models import TrainingMemory
+    from hyimg.memory.checkpointing import checkpointed
+    from hyimg.model.loading import WeightPlacement
 
-    dit = random_dit(TOY if case.toy else MID, Placement(case.device, getattr(torch, case.dtype)))
+    dit = random_dit(TOY if case.toy else MID, WeightPlacement(case.device, getattr(torch, case.dtype)))
     if case.fp8:
         quantize_blocks(dit)
     network = attach_lora(dit)
     if case.plain:
         dit.run_block = PlainBlocks(case.side**2, case.checkpointing != "off")
     else:
-        kept = CheckpointOptions(
-            enabled=case.checkpointing != "off", keep_attention=case.checkpointing == "keep"
+        kept = TrainingMemory(
+            gradient_checkpointing=case.checkpointing != "off",
+            checkpoint_keep="attention" if case.checkpointing == "keep" else None,
         )
         dit.run_block = checkpointed(dit.run_block, kept, dit.device)
     step = training_step(dit, network, case.side)

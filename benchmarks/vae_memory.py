@@ -51,8 +51,8 @@ def run(way: Way, direction: str, options: Options) -> dict[str, float]:
     """Median seconds of a call, and the memory that it adds."""
     import torch
 
-    from hyimg.model.architecture import VAE_TINY, VAEArch
-    from hyimg.model.random_init import init_random
+    from hyimg.checkpoints.architecture import VAE_TINY, VAEArch
+    from hyimg.model.loading import init_random
     from hyimg.model.vae import VAE
 
     arch = VAE_TINY if options.toy else VAEArch(channels=(64, 128, 256, 256, 512, 512), latent_channels=64)

@@ -7,52 +7,78 @@ import inspect
 import json
 
 from hyimg import hookspecs
-from hyimg.cli import commands as cli_commands
-from hyimg.cli.flags import flag_of
-from hyimg.config import commands as configs
+from hyimg.checkpoints.architecture import DIT_2_1
+from hyimg.checkpoints.model_files import VARIANTS
+from hyimg.cli.flag_names import TRACEBACK_FLAG, flag_of
+from hyimg.config.command_table import COMMAND_TABLE, config_of
 from hyimg.config.legacy import LEGACY
-from hyimg.config.option import Option, groups_of, options_of
-from hyimg.data import report
-from hyimg.data.dataset_keys import KEYS
-from hyimg.data.report import FINDING_KINDS
-from hyimg.memory.plan import weight_bytes
-from hyimg.micro.shipped import WEIGHTS
-from hyimg.model.architecture import DIT_2_1
-from hyimg.model.release import VARIANTS
+from hyimg.config.option import ABSENT, SAME, Option, all_options, groups_of, options_of
+from hyimg.config.training import NetworkArgs
+from hyimg.data.dataset_keys import KEYS, LEVEL_KEYS, UNSUPPORTED_KEYS, Level
+from hyimg.data.findings import FINDING_KINDS, Finding
+from hyimg.demo.concept import WEIGHTS
+from hyimg.memory.budget import weight_bytes
 from hyimg.report import size_text
+from hyimg.reports import dataset_report
 
-COMMANDS = {
-    "dataset": configs.DatasetConfig,
-    "cache-latents": configs.CacheLatentsConfig,
-    "cache-text": configs.CacheTextConfig,
-    "train": configs.TrainConfig,
-    "sample": configs.SampleConfig,
-    "infer": configs.InferConfig,
-    "convert-comfy": configs.ConvertComfyConfig,
-    "merge": configs.MergeConfig,
-    "inspect-modules": configs.InspectModulesConfig,
-    "check": configs.CheckConfig,
-    "download-models": configs.DownloadModelsConfig,
-    "make-tiny-model": configs.MakeTinyModelConfig,
-    "demo": configs.DemoConfig,
-    "plugins": configs.PluginsConfig,
-}
+CONFIGS = {name: config_of(name) for name in COMMAND_TABLE}
 
 
 def commands_page() -> str:
     """Every command with its options, a table for each group."""
     parts = []
-    for name, config in COMMANDS.items():
-        function = getattr(cli_commands, {"plugins": "list_plugins"}.get(name, name.replace("-", "_")))
-        parts.append(f"## hyimg {name}\n\n{inspect.getdoc(function)}\n")
-        required = getattr(config, "REQUIRED", ())
+    for name, config in CONFIGS.items():
+        parts.append(f"## hyimg {name}\n\n{COMMAND_TABLE[name].help}\n")
         for group in groups_of(config).values():
             options = options_of(group)
             parts.append(f"### {options[0].panel}\n")
             parts.append("| option | value | default | meaning |\n|---|---|---|---|")
-            parts += [_row(option, option.name in required) for option in options]
+            parts += [_row(option) for option in options]
             parts.append("")
     return "\n".join(parts)
+
+
+def common_options() -> str:
+    """What all commands take, and which take a run file."""
+    with_file = [f"`{name}`" for name, config in CONFIGS.items() if _has(config, "config")]
+    without = [f"`{name}`" for name, config in CONFIGS.items() if not _has(config, "config")]
+    return (
+        f"Every command takes `{TRACEBACK_FLAG}`, which shows where an error came from. A run file (`--config`) is "
+        f"taken by {', '.join(with_file)}; {', '.join(without)} take flags only."
+    )
+
+
+def _has(config: type, name: str) -> bool:
+    return any(option.name == name for option in all_options(config))
+
+
+def defaults_table() -> str:
+    """Every default that differs from the reference tool's, as the options and the dataset's keys declare it."""
+    rows = ["| option or key | here | sd-scripts | |", "|---|---|---|---|"]
+    listed = set()
+    for config in (CONFIGS["train"], CONFIGS["infer"]):
+        for option in all_options(config):
+            if option.reference_default is SAME or option.name in listed:
+                continue
+            listed.add(option.name)
+            reference = (
+                "no such option" if option.reference_default is ABSENT else _value(option.reference_default)
+            )
+            cells = (f"`--{option.name}`", _value(option.default), reference, _cell(option.differs or ""))
+            rows.append(f"| {' | '.join(cells)} |")
+    for key in KEYS.values():
+        if key.reference_default is not SAME:
+            values = _value(key.default), _value(key.reference_default)
+            rows.append(
+                f"| `{key.name}` (dataset file) | {' | '.join(values)} | {_cell(key.differs or '')} |"
+            )
+    return "\n".join(rows)
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return "not given"
+    return ("on" if value else "off") if isinstance(value, bool) else f"`{value}`"
 
 
 def weights_table() -> str:
@@ -109,14 +135,23 @@ def legacy_table() -> str:
     return "\n".join(rows)
 
 
-def dataset_keys_table(level: str) -> str:
+def dataset_keys_table(level: Level) -> str:
     """The keys of a dataset file that are about `level`, "dataset" or "subset"."""
     rows = ["| key | default | meaning |", "|---|---|---|"]
-    for key in KEYS.values():
-        if key.level == level:
-            meaning = f"{key.help}: {key.refusal}" if key.refusal is not None else key.help
-            default = "" if key.default is None else f"`{json.dumps(key.default)}`"
-            rows.append(f"| `{key.name}` | {default} | {_cell(meaning)} |")
+    for key in LEVEL_KEYS[level].values():
+        reason = UNSUPPORTED_KEYS.get(key.name)
+        meaning = f"{key.help}: {reason}" if reason is not None else key.help
+        default = "" if key.default in (None, ()) else f"`{json.dumps(key.default)}`"
+        rows.append(f"| `{key.name}` | {default} | {_cell(meaning)} |")
+    return "\n".join(rows)
+
+
+def network_args_table() -> str:
+    """The arguments of the network that `--network_args` takes."""
+    rows = ["| argument | value | default | meaning |", "|---|---|---|---|"]
+    for option in options_of(NetworkArgs):
+        cells = (f"`{option.name}`", option.metavar or "True, False", _default(option), _cell(option.help))
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -129,17 +164,17 @@ def findings_table() -> str:
 def report_table() -> str:
     """The objects of the dataset report's JSON with their keys."""
     objects = {
-        "the whole": report.DatasetReport,
-        "`images`": report.Images,
-        "`images.unreadable[]`": report.Unreadable,
-        "`epoch`": report.Epoch,
-        "`datasets[]`": report.DatasetRow,
-        "`datasets[].subsets[]`": report.SubsetRow,
-        "`buckets[]`": report.BucketRow,
-        "`latents`, `text`": report.CacheState,
-        "`latents.stores[]`, `text.stores[]`": report.StoreState,
-        "`captions`": report.Captions,
-        "`findings[]`": report.Finding,
+        "the whole": dataset_report.DatasetReport,
+        "`images`": dataset_report.Images,
+        "`images.unreadable[]`": dataset_report.Unreadable,
+        "`epoch`": dataset_report.EpochCost,
+        "`datasets[]`": dataset_report.DatasetRow,
+        "`datasets[].subsets[]`": dataset_report.SubsetRow,
+        "`buckets[]`": dataset_report.BucketRow,
+        "`latents`, `text`": dataset_report.CacheState,
+        "`latents.stores[]`, `text.stores[]`": dataset_report.StoreState,
+        "`captions`": dataset_report.Captions,
+        "`findings[]`": Finding,
     }
     rows = ["| object | keys |", "|---|---|"]
     for name, cls in objects.items():
@@ -150,7 +185,7 @@ def report_table() -> str:
 
 
 def micro_measures_table() -> str:
-    """What `python -m hyimg.micro measure` found of the model that ships."""
+    """What `python -m benchmarks.micro measure` found of the model that ships."""
     found = json.loads((WEIGHTS / "measures.json").read_text(encoding="utf-8"))
     rows = [
         f"| of {found['prompts']} held-out prompts | with the prompt | prompt emptied |",
@@ -174,7 +209,7 @@ def micro_measures_table() -> str:
 
 
 def micro_proof_table() -> str:
-    """What `python -m hyimg.micro prove` found of the demo's LoRA on that model."""
+    """What `python -m benchmarks.micro prove` found of the demo's LoRA on that model."""
     found = json.loads((WEIGHTS / "proof.json").read_text(encoding="utf-8"))
     trigger, known = found["trigger"], found["without_trigger"]
     rows = [f"| of {found['seeds']} pictures | base | LoRA | ComfyUI's file |", "|---|---|---|---|"]
@@ -205,15 +240,17 @@ def hooks_page() -> str:
     return "\n".join(parts)
 
 
-def _row(option: Option, required: bool) -> str:
-    traits = option.traits
-    name = f"`{option.name.upper()}`" if traits.argument else f"`--{option.name}`"
-    names = ", ".join([name, *(f"`{flag_of(alias)}`" for alias in traits.aliases)])
+def _row(option: Option) -> str:
+    name = f"`{option.name.upper()}`" if option.argument else f"`--{option.name}`"
+    names = ", ".join([name, *(f"`{flag_of(alias)}`" for alias in option.aliases)])
     metavar = option.metavar.replace("|", " \\| ") + (" ..." if option.many else "")
-    default = "required" if required else _default(option)
-    meaning = traits.help
-    for value, reason in traits.refused.items():
-        meaning += f"; `{value}` is refused: {reason}"
+    default = "required" if option.required else _default(option)
+    meaning = option.help
+    for value, reason in option.refused.items():
+        typed = f"--no_{option.name}" if value is False else f"{value}"
+        meaning += f"; `{typed}` is refused: {reason}"
+    for name, value in option.synonyms.items():
+        meaning += f"; `{name}` is `{value}`"
     return f"| {names} | {metavar} | {default} | {_cell(meaning)} |"
 
 

@@ -1,6 +1,6 @@
-"""Where stages are chained: `train` may fill the caches first, and a dry run is the dataset report.
+"""Chains of stages: `train` may fill the caches first, and `--dry_run` prints the dataset report instead.
 
-Stages are imported when they run, so that a dry run does without torch.
+Stages are imported when they run, so that a dry run needs no torch.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from hyimg.config.commands import CacheLatentsConfig, CacheTextConfig, DatasetConfig, TrainConfig
 from hyimg.config.load import select
 from hyimg.errors import HyimgError
-from hyimg.report import OnceReporter, Reporter
+from hyimg.report import Reporter
 
 if TYPE_CHECKING:
-    from hyimg.cache.summary import CacheSummary
+    from hyimg.data.caching import CacheSummary
     from hyimg.stages.train import TrainResult
 
 
 def cache_latents(config: CacheLatentsConfig, report: Reporter) -> CacheSummary | None:
-    """`hyimg cache-latents`; with `--dry_run` the report, and None."""
+    """`hyimg cache-latents`; with `--dry_run` prints the report and returns None."""
     if config.report.dry_run:
         _dry_run(config, report)
         return None
@@ -28,7 +28,7 @@ def cache_latents(config: CacheLatentsConfig, report: Reporter) -> CacheSummary 
 
 
 def cache_text(config: CacheTextConfig, report: Reporter) -> CacheSummary | None:
-    """`hyimg cache-text`; with `--dry_run` the report, and None."""
+    """`hyimg cache-text`; with `--dry_run` prints the report and returns None."""
     if config.report.dry_run:
         _dry_run(config, report)
         return None
@@ -38,37 +38,36 @@ def cache_text(config: CacheTextConfig, report: Reporter) -> CacheSummary | None
 
 
 def train(config: TrainConfig, report: Reporter) -> TrainResult | None:
-    """`hyimg train`: with `--cache_latents` or `--cache_text_encoder_outputs` those stages run before it.
+    """`hyimg train`; `--cache_latents` and `--cache_text_encoder_outputs` run those stages first.
 
-    Everything is checked first, so that no encoding is done for a run that could not start. With `--dry_run` the
-    report, and None.
+    Everything is checked before anything is encoded, so that no encoding is wasted on a run that cannot start. With
+    `--dry_run` prints the report and returns None.
     """
     caching = config.caching
     latents = caching.cache_latents or caching.cache_latents_to_disk
     text = caching.cache_text_encoder_outputs or caching.cache_text_encoder_outputs_to_disk
     if latents and config.vae.vae is None:
-        raise HyimgError("`--cache_latents` needs `--vae`", hint="name the VAE, or leave the option out")
+        raise HyimgError("`--cache_latents` needs `--vae`", hint="give the VAE, or remove the option")
     if text and (config.encoders.text_encoder is None or config.encoders.byt5 is None):
         raise HyimgError(
             "`--cache_text_encoder_outputs` needs `--text_encoder` and `--byt5`",
-            hint="name both, or leave the option out",
+            hint="give both, or remove the option",
         )
     if config.report.dry_run:
         _dry_run(config, report)
         return None
-    from hyimg.memory.launch import asks_for_launch, launch
+    from hyimg.distributed.launch import asks_for_launch, launch
 
     if asks_for_launch(config.duration.num_processes):
         return launch(train, config, report, num_processes=config.duration.num_processes)
     from hyimg.stages.train import train as train_stage
     from hyimg.training.preparation import open_encoders, open_training_workspace, prepare
 
-    report = OnceReporter(report)
     prepared = prepare(config, report)
     if latents or text:
         open_training_workspace(config, report, prepared.caption_transforms)
     if text:
-        open_encoders(config)
+        open_encoders(config.encoders, prepared.precision)
     if latents:
         cache_latents(select(CacheLatentsConfig, config), report)
     if text:

@@ -13,12 +13,17 @@ import torch
 from hyimg import hookspecs
 from hyimg.cli.app import run
 from hyimg.config import load
-from hyimg.micro.demo_folder import DemoFolder
+from hyimg.demo.concept import DemoFolder
 from hyimg.plugins import load_plugins
 from hyimg.stages.demo import command_lines
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def commands(page):
@@ -50,7 +55,7 @@ def check_that_they_parse(lines, monkeypatch, capsys):
 
     # what comes after parsing: the files that the docs name are not here
     monkeypatch.setattr(load, "check_inputs", parsed)
-    monkeypatch.setattr(load, "picture_options", lambda path, given: {"prompt": "x"})
+    monkeypatch.setattr(load, "image_options", lambda path, given: {"prompt": "x"})
     for command in lines:
         keys = ("dit", "dataset_config", "output_dir") if command[0] == "train" else ("dit", "vae")
         monkeypatch.setattr(load, "read_run_file", lambda path, keys=keys: dict.fromkeys(keys, "x"))

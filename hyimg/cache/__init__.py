@@ -1,4 +1,4 @@
-"""What lasts between runs: atomic writes, content identities, the index, the latent and text stores.
+"""What is kept between runs: atomic writes, content hashes, the index, the latent and text stores.
 
-The stores hold tensors by key and know neither models nor datasets; `hyimg.data.plan` joins them to samples.
+The stores hold tensors by key, independent of models and datasets; `hyimg.data.caching` connects them to samples.
 """

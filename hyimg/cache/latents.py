@@ -1,4 +1,4 @@
-"""The latent cache: for an image as it is cropped, the mean and deviation of its VAE posterior.
+"""The latent cache: the mean and standard deviation of the VAE posterior of each cropped image.
 
     store = LatentStore(cache_dir / "latents", vae_identity, index=Index(cache_dir))
     recipe = LatentRecipe(sha256, bucket=(1024, 1024), resized=(1024, 1100), crop=(0, 38), filter="area")
@@ -10,6 +10,7 @@ Shapes: C latent channels, H W latent height and width. Latents are already scal
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,11 +21,18 @@ if TYPE_CHECKING:
     import torch
 
 
+PIXELS_VERSION = 2
+"""Raised whenever the same recipe gives the VAE other pixels.
+
+1: `area` weighted whole pixels, and a TIFF with an orientation was rotated twice. 2: exact areas, rotated once.
+"""
+
+
 @dataclass(frozen=True)
 class LatentRecipe:
-    """Everything but the VAE that makes a latent entry. Sizes are (width, height) in pixels.
+    """Everything but the VAE that determines a latent entry. Sizes are (width, height) in pixels.
 
-    `image` is the sha256 of the file; the image is resized to `resized` with `filter`, cut to `bucket` at
+    `image` is the sha256 of the file; the image is resized to `resized` with `filter`, cropped to `bucket` at
     `crop` (left, top), and mirrored if `flipped`. `mask` is None, "alpha" (the image's own transparency),
     or the sha256 of a mask image's file.
     """
@@ -40,7 +48,7 @@ class LatentRecipe:
 
 @dataclass(frozen=True)
 class LatentEntry:
-    """`mean_CHW` and `std_CHW` of the posterior (float16 when read), `alpha_mask_HW` in 0..1 or None."""
+    """`mean_CHW` and `std_CHW` of the posterior, and the loss mask `alpha_mask_HW` in 0..1 or None; float16 if read."""
 
     mean_CHW: torch.Tensor
     std_CHW: torch.Tensor
@@ -51,19 +59,24 @@ class LatentStore(EntryStore):
     kind = "latent"
     command = "hyimg cache-latents"
     models = "`--vae`"
+    choice = "give `--vae`"
+    train_flag = "--cache_latents"
 
     def key(self, recipe: LatentRecipe) -> str:
-        return self.key_of(vars(recipe))
+        return self.key_of({**vars(recipe), "pixels": PIXELS_VERSION})
 
-    def write(self, recipe: LatentRecipe, entry: LatentEntry) -> None:
-        """Writes an entry in half precision.
+    def num_outdated(self, recipes: Iterable[LatentRecipe]) -> int:
+        """How many of these recipes have an entry made by an older release (`PIXELS_VERSION`), which is not used."""
+        there = self.listing()
+        return sum(self.key_of(vars(recipe)) in there for recipe in recipes)
 
-        Raises `RunError` where a value is not finite or too large for float16 (a broken VAE, or one that
-        overflowed), and as `EntryStore.write_raw`.
+    def write(self, recipe: LatentRecipe, entry: LatentEntry, *, image: object = None) -> None:
+        """Writes an entry as float16; an error names the image by `image`, or else by its sha256.
+
+        Raises `RunError` for a value that is not finite or too large for float16 (a broken VAE, or one that
+        overflowed), and as `EntryStore.write_tensors`.
         """
         import torch
-
-        from hyimg.cache.tensors import to_raw
 
         tensors = {"mean": entry.mean_CHW, "std": entry.std_CHW}
         if entry.alpha_mask_HW is not None:
@@ -72,17 +85,12 @@ class LatentStore(EntryStore):
         for name, half in halves.items():
             if not bool(torch.isfinite(half).all()):
                 raise RunError(
-                    f"the VAE gave a latent {name} that is not finite for the image with sha256 "
-                    f"`{recipe.image[:12]}`",
+                    f"the VAE gave a latent {name} that is not finite for the image `{image or recipe.image}`",
                     hint="run with `--mixed_precision no`",
                 )
-        raw = {name: to_raw(half) for name, half in halves.items()}
-        self.write_raw(self.key(recipe), raw, vars(recipe))
+        self.write_tensors(self.key(recipe), halves, vars(recipe))
 
     def read(self, recipe: LatentRecipe) -> LatentEntry:
-        """The entry of a recipe, float16 on the CPU; raises as `EntryStore.read_raw`."""
-        from hyimg.cache.tensors import from_raw
-
-        raw = self.read_raw(self.key(recipe))
-        mask = from_raw(raw["alpha_mask"]) if "alpha_mask" in raw else None
-        return LatentEntry(from_raw(raw["mean"]), from_raw(raw["std"]), mask)
+        """The entry of a recipe, float16 on the CPU; raises as `EntryStore.read_tensors`."""
+        tensors = self.read_tensors(self.key(recipe), {"mean": 3, "std": 3}, {"alpha_mask": 2})
+        return LatentEntry(tensors["mean"], tensors["std"], tensors.get("alpha_mask"))

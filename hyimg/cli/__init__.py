@@ -1,1 +1,1 @@
-"""The Typer edge: options to flags, errors to stderr and exit codes. No torch, no work of its own."""
+"""The command line: which command, its options as text, its errors as sentences and exit codes. No torch."""

@@ -1,182 +1,177 @@
-"""The command `hyimg`: its subcommands, and how errors become sentences and exit codes.
+"""The command `hyimg`: runs a command line, and turns errors into messages and exit codes.
 
-Exit codes: 0 done, 2 wrong input, 1 a failed run, 130 after Ctrl-C, 143 after SIGTERM.
+Exit codes: 0 done, 2 wrong input, 1 a failed run, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 """
 
 from __future__ import annotations
 
+import errno
+import importlib
 import io
-import os
 import signal
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from hyimg import __version__
-from hyimg.cli import commands
-from hyimg.cli.flags import CONTEXT_SETTINGS, TRACEBACK_FLAG, add_command
-from hyimg.cli.plugin_commands import PluginGroup
-from hyimg.config import commands as configs
-from hyimg.errors import HyimgError, Terminated, did_you_mean
-from hyimg.memory.out_of_memory import general_changes, out_of_memory_error, out_of_memory_place
-from hyimg.memory.processes import Processes
-
-_INTERRUPTED, _TERMINATED = 130, 143
-
-app = typer.Typer(
-    name="hyimg",
-    cls=PluginGroup,
-    help="Train LoRA adapters for HunyuanImage-2.1, and render with them.",
-    no_args_is_help=True,
-    context_settings=CONTEXT_SETTINGS,
-    pretty_exceptions_enable=False,
-    epilog="Every command: `--traceback` shows where an error came from.",
+from hyimg.cli.flag_names import TRACEBACK_FLAG, Requests, normalized
+from hyimg.config.command_table import COMMAND_TABLE
+from hyimg.distributed.processes import Processes, is_repetition, stop_signals
+from hyimg.errors import (
+    HyimgError,
+    RunError,
+    Terminated,
+    first_lines,
+    out_of_memory_place,
+    system_limit,
 )
+from hyimg.import_path import keep_working_folder_out_of_children
+from hyimg.report import lost_output, outlive_the_terminal, show_python_plainly
 
+_INTERRUPTED = 130
+_MOST_LINES = 20
 
-def _print_version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"hyimg {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
-    ] = False,
-    plugin: Annotated[
-        list[str] | None,
-        # eager, so that it is known where `--help` comes after it
-        typer.Option(
-            "--plugin", help="Plugin whose commands to know: a `.py` file or a module's name.", is_eager=True
-        ),
-    ] = None,
-) -> None:
-    pass
-
-
-STAGES, TOOLS = "Stages", "Tools"
-add_command(app, "dataset", configs.DatasetConfig, commands.dataset, panel=STAGES)
-add_command(app, "cache-latents", configs.CacheLatentsConfig, commands.cache_latents, panel=STAGES)
-add_command(app, "cache-text", configs.CacheTextConfig, commands.cache_text, panel=STAGES)
-add_command(app, "train", configs.TrainConfig, commands.train, panel=STAGES)
-add_command(app, "sample", configs.SampleConfig, commands.sample, panel=STAGES)
-add_command(app, "infer", configs.InferConfig, commands.infer, panel=STAGES)
-add_command(app, "convert-comfy", configs.ConvertComfyConfig, commands.convert_comfy, panel=STAGES)
-add_command(app, "merge", configs.MergeConfig, commands.merge, panel=STAGES)
-add_command(app, "inspect-modules", configs.InspectModulesConfig, commands.inspect_modules, panel=STAGES)
-add_command(app, "check", configs.CheckConfig, commands.check, panel=STAGES)
-add_command(app, "download-models", configs.DownloadModelsConfig, commands.download_models, panel=TOOLS)
-add_command(app, "make-tiny-model", configs.MakeTinyModelConfig, commands.make_tiny_model, panel=TOOLS)
-add_command(app, "demo", configs.DemoConfig, commands.demo, panel=TOOLS)
-add_command(app, "plugins", configs.PluginsConfig, commands.list_plugins, panel=TOOLS)
+_AGAIN = "run the same command again"
+# Errors of the system that may occur anywhere, with hints; limits are `hyimg.errors.system_limit`'s, and
+# `hyimg.cache.atomic` says more about files that are written
+_REFUSALS = {
+    errno.ENOSPC: f"free some space, and {_AGAIN}",
+    errno.EDQUOT: f"free some space, and {_AGAIN}",
+    errno.EFBIG: f"raise the limit on the size of files (`ulimit -f unlimited`), and {_AGAIN}",
+    errno.EIO: "the disk or the network drive has failed: check the system log",
+    errno.EACCES: "change its permissions, or choose another",
+    errno.EPERM: "change its permissions, or choose another",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "give the file that the link should point to",
+    errno.EROFS: "choose a writable location",
+    errno.EAGAIN: f"raise the limit on processes (`ulimit -u`), or close other programs, and {_AGAIN}",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command line and exits the process with its code."""
+    """Runs a command line and exits with its code."""
+    outlive_the_terminal()
     for stream in (sys.stdout, sys.stderr):
-        # captions and paths in any script go through a pipe of any encoding; what it cannot hold is spelt out
+        # captions and paths may have characters that the encoding of a pipe lacks: those are escaped
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, _terminate)
+    show_python_plainly()
+    keep_working_folder_out_of_children()
+    for number in stop_signals():
+        if number != signal.SIGINT:
+            signal.signal(number, _terminate)
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
+_last_signal: int | None = None
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Unwinds the stack, as Ctrl-C does, so that locks and temporary files go."""
-    raise Terminated
+    """Unwinds the stack like Ctrl-C, to remove locks and temporary files; a repeated signal does not interrupt that."""
+    global _last_signal
+    last, _last_signal = _last_signal, number
+    if last is None or not is_repetition(last, number):
+        raise Terminated(number)
 
 
 def run(arguments: list[str]) -> int:
     """Runs a command line and returns its exit code; errors are printed to stderr."""
-    # set by the command that finds the flag among its options
-    asked = {TRACEBACK_FLAG: arguments[:1] == [TRACEBACK_FLAG]}
+    requests = Requests(traceback=arguments[:1] == [TRACEBACK_FLAG])
+    command, *words = arguments[requests.traceback :] or [""]
+    code = 0
     try:
-        code: Any = app(
-            arguments[asked[TRACEBACK_FLAG] :], prog_name="hyimg", standalone_mode=False, obj=asked
-        )
-        sys.stdout.flush()
-    except (KeyboardInterrupt, typer.Abort):
-        code = _INTERRUPTED
-    except Terminated:
-        _complain("terminated", None)
-        return _TERMINATED
-    except BrokenPipeError:
-        _close_stdout()
-        return 1
-    except Exception as error:
-        if asked[TRACEBACK_FLAG]:
-            raise
-        return _answer(error)
-    # Typer makes an exit code of Ctrl-C without a word
-    if code == _INTERRUPTED:
-        _complain("interrupted", None)
-    return code if isinstance(code, int) else 0
-
-
-def _answer(error: Exception) -> int:
-    """Says on stderr what went wrong, and gives the exit code."""
-    if isinstance(error, HyimgError):
-        _complain(error.message, error.hint)
-        return error.exit_code
-    if isinstance(error, typer.TyperException):
-        # no_args_is_help arrives as an exception whose message is the whole help
-        if type(error).__name__ == "NoArgsIsHelpError":
-            typer.echo(error.format_message(), err=True)
+        if (name := normalized(command)) in COMMAND_TABLE:
+            _run_command(name, words, requests)
         else:
-            _complain(*_usage(error))
-        return 2
+            from hyimg.cli.typer_app import run_typer
+
+            code = run_typer(arguments[requests.traceback :], requests)
+        if (lost := lost_output()) is not None:
+            raise RunError(f"the output could not be written: {lost.strerror}")
+    except KeyboardInterrupt:
+        _complain(RunError("interrupted"))
+        return _INTERRUPTED
+    except Terminated as error:
+        _complain(RunError("terminated"))
+        return error.exit_code
+    except Exception as error:
+        if requests.traceback:
+            raise
+        answer = _answer(error)
+        _complain(answer)
+        return answer.exit_code
+    return code
+
+
+def _answer(error: Exception) -> HyimgError:
+    """The error to print for an exception that ended a command."""
+    if (limit := system_limit(error)) is not None:
+        return limit
+    if isinstance(error, HyimgError):
+        return error
     if (place := out_of_memory_place(error)) is not None:
-        return _answer(out_of_memory_error(error, place, general_changes(place)))
-    text = str(error).strip()
-    _complain(
+        from hyimg.memory.out_of_memory import general_changes, out_of_memory_error
+
+        return out_of_memory_error(error, place, general_changes(place))
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        what = (
+            f"cannot use `{error.filename}`"
+            if error.filename is not None
+            else "the system refused an operation"
+        )
+        kind = HyimgError if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else RunError
+        return kind(f"{what}: {error.strerror}", hint=_REFUSALS[error.errno])
+    text, *more = str(error).strip().splitlines() or [""]
+    return RunError(
         f"unexpected {type(error).__name__}" + (f": {text}" if text else ""),
-        f"run again with `{TRACEBACK_FLAG}`, and report it",
+        details=first_lines(more, limit=_MOST_LINES),
+        hint=f"run again with `{TRACEBACK_FLAG}`, and report it",
     )
-    return 1
 
 
-def _close_stdout() -> None:
-    """After the reader of a pipe left: nothing more is written, not even what waits in the buffer."""
-    # Python's own advice (docs of SIGPIPE): otherwise the flush at exit complains
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, sys.stdout.fileno())
-    except (OSError, ValueError):  # a stdout that is no file
-        pass
-    finally:
-        os.close(nowhere)
+def _complain(error: HyimgError) -> None:
+    # if the launcher's variables are wrong themselves, print that error
+    with suppress(HyimgError):
+        if not Processes.current().is_first_to_fail():
+            return  # another process of the launcher has printed why all of them end
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
 
 
-def _usage(error: typer.TyperException) -> tuple[str, str | None]:
-    """(message, hint) of a usage error that Typer found."""
-    ctx = getattr(error, "ctx", None)
-    listing = f"`{ctx.command_path} --help` lists what there is" if ctx is not None else None
-    unknown = getattr(error, "option_name", None)
-    if unknown is not None and type(error).__name__ == "NoSuchOption" and ctx is not None:
-        # Typer compares with dashes; users read our names with underscores
-        known = [name for p in ctx.command.params for name in p.opts if not getattr(p, "hidden", False)]
-        unknown = "--" + unknown.lstrip("-").replace("-", "_")
-        return f"no such option: `{unknown}`", did_you_mean(unknown, known) or listing
-    message = error.format_message().strip().rstrip(".")
-    if "unexpected extra argument" in message and ctx is not None:
-        extra = message.partition(" (")[2].removesuffix(")")
-        if (
-            extra.endswith(".toml")
-            and extra.count(".toml") == 1
-            and any("--dataset_config" in param.opts for param in ctx.command.params)
-        ):
-            return message[:1].lower() + message[1:], f"give it with its option: `--dataset_config {extra}`"
-        listing = f"a value with spaces stands in quotes, and follows its option: {listing}"
-    return message[:1].lower() + message[1:], listing
+def _run_command(name: str, words: Sequence[str], requests: Requests) -> None:
+    """Runs `hyimg NAME WORDS...`; `requests` is filled in. Raises what the command raises."""
+    from hyimg.cli.argv import read_arguments
+
+    notes: list[str] = []
+    given = read_arguments(name, words, requests, notes)
+    if requests.help:
+        from hyimg.cli.typer_app import print_help
+
+        print_help(name)
+        return
+    from hyimg.config import load
+    from hyimg.config.command_table import config_of
+    from hyimg.config.option import idle_lines
+    from hyimg.report import ConsoleReporter, SilentReporter
+
+    run_file = given.get("config")
+    config: Any = load.make(
+        config_of(name), given, run_file=Path(run_file) if run_file else None, notes=notes
+    )
+    load.check_inputs(config)
+    # of several processes that a launcher started, only the first one reports
+    report = ConsoleReporter() if Processes.current().is_main else SilentReporter()
+    for note in notes:
+        report.note(f"note: {note}")
+    for line in idle_lines(config):
+        report.warning(line)
+    _load(COMMAND_TABLE[name].target)(config, report)
 
 
-def _complain(message: str, hint: str | None) -> None:
-    if not Processes.current().is_first_to_fail():
-        return  # another of the launcher's processes has said why all of them end
-    typer.echo(f"error: {message}", err=True)
-    if hint:
-        typer.echo(f"hint: {hint}", err=True)
+def _load(target: str) -> Callable[[Any, Any], object]:
+    module, _, function = target.partition(":")
+    loaded: Callable[[Any, Any], object] = getattr(importlib.import_module(module), function)
+    return loaded

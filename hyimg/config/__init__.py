@@ -1,5 +1,6 @@
 """Every option of every command, declared once: name, type, default, bounds, help.
 
-`option.py` is how one is declared, the topic modules (`models.py`, `network.py`, ...) hold the frozen groups,
-`commands.py` says which groups a command takes, `load.py` turns flags and a TOML run file into them. No torch.
+`option.py` says how options are declared, the topic modules (`models.py`, `training.py`, ...) hold the frozen groups,
+`commands.py` and `tools.py` say which groups a command takes, `load.py` makes them from flags and a TOML run file, and
+`values.py` checks every value. No torch.
 """

@@ -1,31 +1,34 @@
-"""The small commands, from convert-comfy to demo, and what all commands share."""
+"""The options and configs of the small commands, and the options that all commands share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyimg.config.option import option
+from hyimg.config.models import DiTFile
+from hyimg.config.option import REQUIRED, CommandOptions, Given, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
     """General."""
 
-    plugin: tuple[str, ...] = option((), help="plugin to load: a `.py` file or a module's name")
+    plugin: tuple[str, ...] = option(
+        (), text="path", imports="any", help="plugin to load: a `.py` file or a module's name"
+    )
     config: Path | None = option(
         None,
         aliases=("config_file",),
-        help="TOML file with options, underscores in their names; flags win over it",
+        help="TOML file with options (names with underscores); flags win over it",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversion:
+class ConversionOptions:
     """Conversion."""
 
-    source: Path | None = option(None, is_input=True, argument=True, help="LoRA file to read")
-    destination: Path | None = option(None, argument=True, help="file to write")
+    source: Path = option(REQUIRED, is_input=True, argument=True, help="LoRA file or PEFT folder to read")
+    destination: Path = option(REQUIRED, argument=True, help="file to write")
     to: str | None = option(
         None, choices=("comfy", "kohya", "diffusers", "peft"), help="format to write (not given: comfy)"
     )
@@ -33,11 +36,11 @@ class Conversion:
     max_rank: int | None = option(
         None,
         minimum=1,
-        help="give no module a larger rank than this: the closest LoRA of it is made, and the error told; also of "
-        "a LoHa or LoKr, where the format cannot hold it",
+        help="largest rank of a module: higher ones, and LoHa or LoKr where the format cannot hold them, are "
+        "approximated as closely as possible, and the error is reported",
     )
     allow_partial: bool = option(
-        False, help="leave out what stands on no module that a LoRA of this model can, and name it"
+        False, help="skip what belongs to no module that a LoRA of this model can train, with a warning"
     )
     overwrite: bool = option(False, help="replace the destination")
 
@@ -46,52 +49,54 @@ class Conversion:
 class Merging:
     """Merging."""
 
-    loras: tuple[Path, ...] = option((), is_input=True, argument=True, help="LoRA files, in any formats")
-    weights: tuple[float, ...] = option((), help="a weight each, or one for all (not given: 1)")
-    output: Path | None = option(None, aliases=("o",), help="file to write")
+    loras: tuple[Path, ...] = option(
+        REQUIRED, is_input=True, argument=True, help="LoRA files or PEFT folders, in any format"
+    )
+    weights: tuple[float, ...] = option((), help="a weight for each file (not given: 1)")
+    output: Path = option(REQUIRED, aliases=("o",), help="file to write")
     to: str = option("kohya", choices=("comfy", "kohya", "diffusers", "peft"), help="format to write")
     max_rank: int | None = option(
         None,
         minimum=1,
-        help="give no module a larger rank than this: the closest LoRA of it is made, and the error told (not "
-        "given: ranks add up, and nothing is lost)",
+        help="largest rank of a module: higher ones are approximated as closely as possible, and the error is reported "
+        "(not given: ranks add up, and the merge is exact)",
     )
     allow_partial: bool = option(
-        False, help="leave out what stands on no module that a LoRA of this model can, and name it"
+        False, help="skip what belongs to no module that a LoRA of this model can train, with a warning"
     )
     overwrite: bool = option(False, help="replace the output")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection:
+class InspectionOptions:
     """What to list."""
 
     arch: str | None = option(
         None,
         choices=("2.1", "2.1-distilled", "tiny", "full"),
-        help="known architecture, in place of a checkpoint",
+        help="known architecture, instead of a checkpoint",
     )
-    pattern: str | None = option(None, help="list only the modules that this regular expression matches")
-    tree: bool = option(False, help="blocks that are alike once, with their number")
+    pattern: str | None = option(None, help="list only modules that match this regular expression")
+    tree: bool = option(False, help="collapse identical blocks, with their number")
     names: str | None = option(
         None,
         choices=("kohya", "comfy", "diffusers", "peft"),
-        help="the names that LoRA files of a tool have (not given: the model's own); patterns match the model's own "
-        "and kohya's whatever is shown",
+        help="show the names used in the LoRA files of a tool (not given: the model's own); patterns match the model's "
+        "names and kohya's in any case",
     )
     json: bool = option(False, help="print JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Options of train that the totals depend on."""
+    """Training options that affect the totals."""
 
-    optimizer_type: str = option("AdamW", help="optimiser whose memory is told")
+    optimizer_type: str = option("AdamW", help="optimiser whose memory is estimated")
     save_precision: str = option(
         "bf16",
         choices=("float", "fp16", "bf16"),
         synonyms={"fp32": "float"},
-        help="type of the weights in the file whose size is told",
+        help="type of the weights for the reported file size",
     )
 
 
@@ -99,14 +104,16 @@ class Forecast:
 class Check:
     """What to check."""
 
-    lora: Path | None = option(None, is_input=True, argument=True, help="LoRA file to check")
+    lora: Path = option(REQUIRED, is_input=True, argument=True, help="LoRA file or PEFT folder to check")
     fp8: bool = option(
         False,
-        help="also how much of the LoRA would survive being merged into an fp8 model: needs `--dit`, whose "
+        help="also report how much of the LoRA would survive a merge into an fp8 model: needs `--dit`, whose "
         "weights are read one at a time",
     )
     device: str | None = option(
-        None, help="where `--fp8` computes: cuda, cuda:N or cpu (not given: the best one there is)"
+        None,
+        help="device for `--fp8`: cuda, cuda:N, xpu, mps or cpu (not given: the best available)",
+        needs=(Given("fp8"),),
     )
     json: bool = option(False, help="print JSON")
 
@@ -115,21 +122,21 @@ class Check:
 class TinyModel:
     """Tiny model."""
 
-    directory: Path | None = option(None, argument=True, help="folder to write")
-    depth: str = option("tiny", choices=("tiny", "full"), help="2+4 blocks, or the true 20+40")
+    directory: Path = option(REQUIRED, argument=True, help="folder to write")
+    depth: str = option("tiny", choices=("tiny", "full"), help="2+4 blocks, or the real 20+40")
     seed: int = option(0, minimum=0, help="seed of the weights")
-    overwrite: bool = option(False, help="replace files that are there")
+    overwrite: bool = option(False, help="replace existing files")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
     """Download."""
 
-    directory: Path | None = option(None, argument=True, help="folder to write")
+    directory: Path = option(REQUIRED, argument=True, help="folder to write")
     variant: str = option(
         "bf16",
         choices=("bf16", "fp8", "distilled"),
-        help="the DiT: in bf16, in scaled fp8, or the distilled one of 8 steps",
+        help="the DiT: bf16, scaled fp8, or the distilled 8-step model",
     )
     revision: tuple[str, ...] = option(
         (), help="branch, tag or commit: `NAME` for every repository, `REPOSITORY=NAME` for one"
@@ -137,17 +144,17 @@ class Download:
     token: str | None = option(
         None,
         aliases=("huggingface_token",),
-        help="access token of the hub (not given: `HF_TOKEN`, or that of `hf auth login`)",
+        help="access token for the hub (not given: `HF_TOKEN`, or that of `hf auth login`)",
     )
-    overwrite: bool = option(False, help="replace files of other content that are there")
+    overwrite: bool = option(False, help="replace existing files with other content")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
     """Demo."""
 
-    directory: Path | None = option(None, argument=True, help="folder to work in")
-    overwrite: bool = option(False, help="start afresh where the folder holds an earlier demo")
+    directory: Path = option(REQUIRED, argument=True, help="folder to work in")
+    overwrite: bool = option(False, help="start over where the folder holds an earlier demo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,3 +162,40 @@ class PluginList:
     """Output."""
 
     json: bool = option(False, help="print JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertComfyConfig(CommandOptions):
+    conversion: ConversionOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(CommandOptions):
+    merging: Merging
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(CommandOptions):
+    check: Check
+    dit: DiTFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadModelsConfig(CommandOptions):
+    download: Download
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeTinyModelConfig(CommandOptions):
+    tiny: TinyModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(CommandOptions):
+    demo: Demo
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginsConfig(CommandOptions):
+    listing: PluginList
+    common: Common

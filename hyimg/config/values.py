@@ -1,161 +1,231 @@
-"""One value: from text or TOML to the type and within the bounds that its option declares."""
+"""The one checker of values: of flags, run files, dataset files, network arguments, prompts and plugins' arguments.
+
+    check_value(opt, "1e4")    # 10000
+    check_value(opt, "1.5")    # ValueError: must be a whole number, got `1.5`
+
+`opt` is the value's declaration (`hyimg.config.option`). The caller puts the name and the place before the sentence.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
-from hyimg.config.names import plain_name_problem, printable
-from hyimg.config.option import Option
-from hyimg.errors import did_you_mean
+from hyimg.config.documents import control_character_problem, is_encodable
+from hyimg.config.option import Option, ValueKind
+from hyimg.errors import HyimgError, did_you_mean
 
-# Counts and sizes beyond it are slips of the hand, and torch takes none
+KIND_NAMES: dict[ValueKind, str] = {
+    "int": "a whole number",
+    "float": "a number",
+    "path": "a path",
+    "str": "text",
+    "bool": "true or false",
+    "table": "a table",
+}
+
+# Larger counts and sizes are typing errors, and torch accepts none
 _LARGEST_INT = 2**64 - 1
+_WORDS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
+_MAX_PATH_PARTS = 255
+_SHOWN_CHARS = 200
 
-_TRUE = {"true", "yes", "on", "1"}
-_FALSE = {"false", "no", "off", "0"}
 
+def check_value(opt: Option, raw: Any, *, typed: bool = False) -> Any:
+    """The value in the type and within the bounds that its option declares.
 
-def checked(opt: Option, raw: Any, place: str, problems: list[str]) -> Any:
-    """The value of an option in its declared type, or the default after noting what is wrong.
+    `raw` is text from a command line, or a value of TOML, JSON or Python; with `typed`, text is not read as a number or
+    a switch. A value that the option refuses (`Option.refused`) is returned like any other.
 
-    `raw` is text from the command line or a value from TOML, `place` names the file that it stands in.
+    Raises:
+        ValueError: a sentence without its subject, such as "must be at least 1, got 0".
     """
-    try:
-        if opt.many:
-            items = raw if isinstance(raw, (list, tuple)) else [raw]
-            if opt.traits.count is not None and items and len(items) % opt.traits.count == 0:
-                items = items[-opt.traits.count :]  # of a repeated flag the last counts
-            if opt.traits.count is not None and len(items) != opt.traits.count:
-                raise ValueError(f"takes {opt.traits.count} values, got {len(items)}: {opt.traits.help}")
-            value: Any = tuple(_scalar(opt, item) for item in items)
-        elif isinstance(raw, (list, tuple)):
-            raise ValueError(f"takes one value, got {len(raw)}")
-        else:
-            value = _scalar(opt, raw)
-    except ValueError as error:
-        problems.append(f"{opt.label}{place} {error}")
-        return opt.default
-    if not opt.many and value in opt.traits.refused:
-        problems.append(f"{opt.label}{place} cannot be `{_written(value)}`: {opt.traits.refused[value]}")
+    if not opt.many or opt.convert is not None:
+        return _check_one(opt, raw, typed)
+    items = list(raw) if isinstance(raw, (list, tuple)) else [raw]
+    if not typed and opt.kind == "int" and opt.count is None:  # `500,800` as well as `500 800`
+        items = [part for item in items for part in (str(item).replace(",", " ").split() or [item])]
+    if not typed and opt.count is not None and items and len(items) % opt.count == 0:
+        items = items[-opt.count :]  # of a repeated flag, the last counts
+    if opt.count is not None and len(items) != opt.count:
+        raise ValueError(f"takes {opt.count} values, got {len(items)}: {opt.help}")
+    return tuple(_check_one(opt, item, typed) for item in items)
+
+
+def _check_one(opt: Option, raw: Any, typed: bool) -> Any:
+    if opt.convert is not None:
+        value = opt.convert(raw)
+    elif isinstance(raw, (list, tuple)) and not typed:
+        raise ValueError(f"takes one value, got {len(raw)}")
+    else:
+        value = convert(opt.kind, raw, typed=typed)
+    if opt.kind == "str":
+        value = opt.synonyms.get(value, value)
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        _check_bounds(opt, value)
     return value
 
 
-def _written(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _scalar(opt: Option, raw: Any) -> Any:
-    value = _convert(opt, raw)
-    _check_bounds(opt, value)
+def convert(kind: ValueKind, raw: Any, *, typed: bool = False) -> Any:
+    """The value as one of that kind; raises ValueError as `check_value`."""
+    value: Any = None
+    if kind == "bool":
+        value = raw if isinstance(raw, bool) else None if typed else _WORDS.get(str(raw).lower())
+    elif kind in ("int", "float"):
+        value = _number(kind, raw, typed)
+    elif kind == "table":
+        value = raw if isinstance(raw, dict) else None
+    elif isinstance(raw, str) or (kind == "path" and not typed and not isinstance(raw, bool)):
+        if not is_encodable(str(raw)):  # it goes into run files, metadata and indexes
+            raise ValueError(f"must be UTF-8 text, got `{raw}`")
+        value = raw if kind == "str" else _path(str(raw))
+    if value is None:
+        raise ValueError(f"must be {KIND_NAMES[kind]}, got {shown_value(raw, typed=typed)}")
     return value
 
 
-def _convert(opt: Option, raw: Any) -> Any:
-    if opt.kind == "bool":
-        if isinstance(raw, bool):
-            return raw
-        word = str(raw).lower()
-        if word not in _TRUE | _FALSE:
-            raise ValueError(f"must be true or false, got `{raw}`")
-        return word in _TRUE
-    if isinstance(raw, bool):
-        raise ValueError(f"must be {_article(opt)}, got `{str(raw).lower()}`")
-    if opt.kind == "int":
-        try:
-            # 1e4 and 100.0 are whole numbers too, as the reference tool's users write them
-            number = float(raw) if isinstance(raw, float) or "e" in str(raw).lower() else int(raw)
-            if number != int(number):
-                raise ValueError
-            return int(number)
-        except (ValueError, TypeError, OverflowError):
-            raise ValueError(f"must be a whole number, got `{raw}`") from None
-    if opt.kind == "float" and opt.traits.steps_or_share:
-        return _steps_or_share(raw)
-    if opt.kind == "float":
-        try:
-            number = float(raw)
-        except (ValueError, TypeError):
-            raise ValueError(f"must be a number, got `{raw}`") from None
-        if number != number or number in (float("inf"), float("-inf")):
-            raise ValueError(f"must be a finite number, got `{raw}`")
-        return number
-    if opt.kind == "path":
-        if not str(raw):
-            raise ValueError("must be a path, got nothing")
-        return _path(_encodable(str(raw)))
-    if not isinstance(raw, str):
-        raise ValueError(f"must be text, got `{raw}`")
-    _encodable(raw)
-    return opt.traits.synonyms.get(raw, raw)
-
-
-def _steps_or_share(raw: Any) -> float:
-    """A whole number of steps, or a share of them below 1, which `5%` is too."""
-    text = str(raw).strip()
+def _number(kind: ValueKind, raw: Any, typed: bool) -> float | None:
+    """A whole number or a finite one, or None. `1e4` and `100.0` are whole numbers too, as other tools write them."""
+    if isinstance(raw, bool) or not isinstance(raw, (int, float) if typed else (int, float, str)):
+        return None
     try:
-        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        if kind == "int" and not isinstance(raw, float) and "e" not in str(raw).lower():
+            return int(raw)
+        number = float(raw)
     except ValueError:
-        raise ValueError(f"must be a number of steps or a share below 1, got `{raw}`") from None
-    if number != number or (number >= 1 and (text.endswith("%") or not number.is_integer())):
+        return None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        if kind == "float":
+            raise ValueError(f"must be a finite number, got {shown_value(raw, typed=typed)}")
+        return None
+    if kind == "float":
+        return number
+    return int(number) if number.is_integer() and not typed else None
+
+
+def _path(text: str) -> Path | None:
+    if not text:
+        return None
+    if "\0" in text:
+        raise ValueError("must be a path, got one with a zero byte")
+    if (problem := control_character_problem(text)) is not None:
+        raise ValueError(problem)
+    if len(Path(text).parts) > _MAX_PATH_PARTS:  # each level is a call where folders are made
+        raise ValueError(f"must be a path of at most {_MAX_PATH_PARTS} levels, got `{text}`")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"must be a path, got `{text}`, whose user does not exist here") from None
+
+
+def _check_bounds(opt: Option, value: Any) -> None:
+    if opt.choices and value not in opt.choices and value not in opt.refused:
+        hint = did_you_mean(str(value), opt.choices)
+        listed = ", ".join(f"`{choice}`" for choice in opt.choices)
+        raise ValueError(f"must be one of {listed}, got `{value}`" + (f"; {hint}" if hint else ""))
+    if opt.text == "name" and value != opt.default and (problem := plain_name_problem(value)) is not None:
+        raise ValueError(f"must be a plain name, got `{value}`: {problem}")
+    size, unit = (len(value), " characters") if isinstance(value, str) else (value, "")
+    maximum = _LARGEST_INT if opt.maximum is None and opt.kind == "int" else opt.maximum
+    bound = None
+    if value == "" and opt.minimum is not None:
+        raise ValueError("must not be empty")
+    if opt.minimum is not None and size < opt.minimum:
+        bound = f"at least {_digits(opt.minimum)}{unit}"
+    elif opt.above is not None and size <= opt.above:
+        bound = f"above {_digits(opt.above)}"
+    elif maximum is not None and size > maximum:
+        bound = f"at most {_digits(maximum)}{unit}"
+    elif opt.below is not None and size >= opt.below:
+        bound = f"below {_digits(opt.below)}"
+    elif opt.multiple_of is not None and value % opt.multiple_of:
+        lower = value - value % opt.multiple_of
+        near = f"{lower} or {lower + opt.multiple_of}" if lower else f"{opt.multiple_of}"
+        raise ValueError(f"must be a multiple of {opt.multiple_of}, got {value} (nearest: {near})")
+    if bound is not None:
+        reason = f": {opt.limits}" if opt.limits else ""
+        raise ValueError(f"must be {bound}, got {_digits(size)}{reason}")
+
+
+def steps_or_share(raw: Any) -> float:
+    """A whole number of steps, or a share of the run below 1, which `5%` is too; raises ValueError."""
+    text = str(raw).strip()
+    is_percent = text.endswith("%")
+    try:
+        number = float(text.removesuffix("%")) / (100 if is_percent else 1)
+    except ValueError:
+        number = math.nan
+    if (
+        isinstance(raw, bool)
+        or math.isnan(number)
+        or (number >= 1 and (is_percent or not number.is_integer()))
+    ):
         raise ValueError(f"must be a whole number of steps or a share below 1, got `{raw}`")
     return number
 
 
-def _encodable(text: str) -> str:
-    """The text, which must be UTF-8: it goes into run files, metadata and indexes as such."""
-    if printable(text) != text:
-        raise ValueError(f"must be UTF-8 text, got `{printable(text)}`")
-    return text
+def shown_value(raw: Any, *, typed: bool = True) -> str:
+    """A value as written in a file, shortened if it is long; text from a command line without quotes."""
+    if raw == "" and not typed:
+        return "nothing"
+    if isinstance(raw, str) and not typed:
+        return f"`{raw}`"
+    if isinstance(raw, int) and not isinstance(raw, bool) and abs(raw) >= 10**24:
+        return _digits(raw)
+    text = json.dumps(raw, default=str, ensure_ascii=False)
+    return f"`{text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + '...'}`"
 
 
-def _path(text: str) -> Path:
-    if "\0" in text:
-        raise ValueError("must be a path, got one with a zero byte")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise ValueError(f"must be a path, got `{text}`, whose user is not known here") from None
+def _digits(number: float) -> str:
+    """A number in full, or the number of its digits."""
+    if isinstance(number, int) and abs(number) >= 10**24:
+        return f"a number of {len(str(abs(number)))} digits"
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
-def _article(opt: Option) -> str:
-    return {
-        "int": "a whole number",
-        "float": "a number",
-        "path": "a path",
-        "str": "text",
-        "bool": "true or false",
-    }[opt.kind]
+MAX_NAME_BYTES = 200
+"""Leaves room, within the 255 bytes of common file systems, for `-step00000100.safetensors` and the like."""
+
+_FORBIDDEN = frozenset('<>:"|?*/\\')
+# Windows gives these to devices, with any ending
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
-def _check_bounds(opt: Option, value: Any) -> None:
-    traits = opt.traits
-    if traits.choices and value not in traits.choices:
-        hint = did_you_mean(str(value), traits.choices)
-        raise ValueError(
-            f"must be one of {', '.join(f'`{c}`' for c in traits.choices)}, got `{value}`"
-            + (f"; {hint}" if hint else "")
-        )
-    if traits.minimum is not None and (
-        value < traits.minimum or (traits.exclusive_minimum and value == traits.minimum)
-    ):
-        raise ValueError(
-            f"must be {'above' if traits.exclusive_minimum else 'at least'} {_shown(traits.minimum)}, "
-            f"got {_shown(value)}"
-        )
-    maximum = traits.maximum if traits.maximum is not None or opt.kind != "int" else _LARGEST_INT
-    if maximum is not None and value > maximum:
-        reason = f": {traits.bound_reason}" if traits.bound_reason else ""
-        raise ValueError(f"must be at most {_shown(maximum)}, got {_shown(value)}{reason}")
-    if traits.is_name and value != opt.default and (problem := plain_name_problem(value)) is not None:
-        raise ValueError(f"must be a plain name, got `{value}`: {problem}")
-    if traits.multiple_of is not None and value % traits.multiple_of:
-        lower = value - value % traits.multiple_of
-        around = f"{lower} or {lower + traits.multiple_of}" if lower else f"{traits.multiple_of}"
-        raise ValueError(f"must be a multiple of {traits.multiple_of}, got {value} (nearest: {around})")
+def plain_name_problem(name: str) -> str | None:
+    """Why a name cannot be part of a file name on every system, or None where it can."""
+    if not name.strip():
+        return "it is empty"
+    if found := sorted(_FORBIDDEN & set(name)):
+        return f"it holds {' '.join(f'`{char}`' for char in found)}"
+    if any(ord(char) < 32 for char in name):
+        return "it holds a control character"
+    if set(name) == {"."}:
+        return "it is the name of a folder"
+    if name[-1] in ". ":
+        return "it ends with a dot or a space, which Windows removes"
+    if _DEVICE.fullmatch(name):
+        return "it is the name of a device on Windows"
+    # bytes are what a file system counts
+    if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+        return f"it is longer than {MAX_NAME_BYTES} bytes"
+    return None
 
 
-def _shown(number: float) -> str:
-    """A bound or a value in full where it is whole and not endless."""
-    text = str(number) if isinstance(number, int) else f"{number:g}"
-    return text if len(text) <= 24 else f"a number of {len(text)} digits"
+def check_plain_name(name: str, option: str, *, hint: str | None = None) -> None:
+    """Raises HyimgError where `name`, given with `option` (say `--output_name`), is not a plain name."""
+    if (problem := plain_name_problem(name)) is not None:
+        raise HyimgError(f"`{option}` `{name}` must be a plain name: {problem}", hint=hint)

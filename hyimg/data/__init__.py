@@ -1,4 +1,4 @@
 """The dataset: its file, images, captions, buckets, samples, and the batches that training reads.
 
-A stage starts at `hyimg.data.dataset_file` and `hyimg.data.samples`, and goes on with `hyimg.data.plan`.
+Start reading at `dataset_file` and `scan`; `caching` lists the entries that a cache needs.
 """

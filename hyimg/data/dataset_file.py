@@ -4,29 +4,39 @@
     for note in dataset_file.notes: reporter.warning(note)
 
 `[general]`, `[[datasets]]` and `[[datasets.subsets]]` may all hold a key, the inner value winning, and
-`defaults` (flags) stand under all of them. Everything that is wrong with a file is one error that lists it.
-What keys there are stands in `hyimg.data.dataset_keys`.
+`defaults` (flags) are below all of them. All problems of a file are listed in one error. The keys are declared in
+`hyimg.data.dataset_keys`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from hyimg.config.dataset_options import DATASET_PATHS
+from hyimg.config.documents import DOCUMENT_BYTES, parse_document, read_bounded
+from hyimg.config.values import check_value, shown_value
 from hyimg.data.buckets import BucketSizes, Size
 from hyimg.data.captions import CaptionSettings
-from hyimg.data.dataset import Dataset, DatasetFile, Subset
-from hyimg.data.dataset_keys import KEYS, Level
-from hyimg.errors import HyimgError, nearest
+from hyimg.data.dataset_keys import (
+    KEYS,
+    LEVEL_KEYS,
+    OWN_KEYS,
+    UNSUPPORTED_KEYS,
+    Dataset,
+    DatasetFile,
+    Level,
+    Subset,
+    fields_given,
+)
+from hyimg.errors import HyimgError, first_few, first_lines, nearest
 
-_SHOWN_CHARS = 200
 _NO_DEFAULTS: Mapping[str, object] = MappingProxyType({})
 _OUTER_PLACES = ("[general]", "the command line")
-_FOLDER_ONLY = ("is_reg", "class_tokens", "caption_extension")
+_BUCKET_BOUNDS = ("min_bucket_reso", "max_bucket_reso")
+_FOLDER_ONLY = ("is_reg", "caption_extension", "recursive")
 
 
 def load_dataset_file(path: Path | str, defaults: Mapping[str, object] = _NO_DEFAULTS) -> DatasetFile:
@@ -46,16 +56,15 @@ def parse_dataset(document: object, path: Path, defaults: Mapping[str, object] =
     datasets = reader.read(document, defaults)
     if reader.problems:
         raise _all_problems(path, reader.problems)
+    notes = reader.notes
     if len({dataset.resolution for dataset in datasets}) > 1:
-        reader.notes.append(
-            f"`{path.name}` trains at several resolutions, for which the base model was not trained"
-        )
-    return DatasetFile(path, tuple(datasets), tuple(reader.notes))
+        notes.append(f"`{path.name}` trains at several resolutions, for which the base model was not trained")
+    return DatasetFile(path, tuple(datasets), tuple(notes))
 
 
 def _read_document(path: Path) -> object:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_bounded(path, DOCUMENT_BYTES).decode("utf-8-sig")
     except OSError as error:
         if path.is_dir():
             raise HyimgError(
@@ -65,28 +74,18 @@ def _read_document(path: Path) -> object:
         raise HyimgError(f"cannot read the dataset file `{path}`: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise HyimgError(f"the dataset file `{path}` is not UTF-8 (byte {error.start})") from error
-    if path.suffix == ".json":
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise HyimgError(f"`{path}` is not valid JSON: {error}") from error
-        except RecursionError as error:
-            raise HyimgError(f"`{path}` is nested too deeply") from error
-    import tomli
+    return parse_document(text, path, "dataset file", path_keys=DATASET_PATHS)
 
-    try:
-        return tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
-        raise HyimgError(f"`{path}` is not valid TOML: {error}") from error
-    except RecursionError as error:
-        raise HyimgError(f"`{path}` is nested too deeply") from error
+
+# More problems than these are of another kind of file, and their names would fill the screen
+_LISTED_PROBLEMS = 12
 
 
 def _all_problems(path: Path, problems: list[str]) -> HyimgError:
     if len(problems) == 1:
         return HyimgError(f"`{path}`, {problems[0]}")
-    listing = "".join(f"\n  {problem}" for problem in problems)
-    return HyimgError(f"`{path}` has {len(problems)} problems:{listing}")
+    listing = first_lines(problems, limit=_LISTED_PROBLEMS)
+    return HyimgError(f"`{path}` has {len(problems)} problems:", details=listing)
 
 
 def _is_there(path: Path) -> bool:
@@ -98,23 +97,24 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _shown(value: object) -> str:
-    """A value as JSON, cut where it is long."""
-    try:
-        text = json.dumps(value, default=str)
-    except ValueError:
-        return "a number of very many digits"
-    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
-
-
 class _Reader:
     """Walks a document, keeping every problem and note that it meets."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.problems: list[str] = []
-        self.notes: list[str] = []
+        self._notes: dict[str, dict[str, None]] = {}
+        self._num_unknown = 0
+        self._missing: dict[tuple[str, str], tuple[int, list[str]]] = {}
         self.unread: set[tuple[str, str]] = set()  # (place, key) of values that are wrong, not missing
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each thing to note, with the first places or names."""
+        return [f"{what}: {first_few(list(where))}" for what, where in self._notes.items()]
+
+    def _note(self, what: str, where: str) -> None:
+        self._notes.setdefault(what, {})[where] = None
 
     def read(self, document: object, defaults: Mapping[str, object]) -> list[Dataset]:
         if not isinstance(document, dict):
@@ -138,11 +138,8 @@ class _Reader:
             return None
         bucket_sizes = self._bucket_sizes(values, place)
         return Dataset(
-            resolution=values["resolution"],
-            batch_size=values.get("batch_size", KEYS["batch_size"].default),
+            **fields_given(Dataset, values),
             bucket_sizes=bucket_sizes,
-            network_multiplier=values.get("network_multiplier", KEYS["network_multiplier"].default),
-            prior_loss_weight=values.get("prior_loss_weight", KEYS["prior_loss_weight"].default),
             subsets=tuple(self._without_duplicates(subsets, place)),
         )
 
@@ -152,10 +149,18 @@ class _Reader:
         min_reso = values.get("min_bucket_reso", min(256, min(resolution) // 2))
         max_reso = values.get("max_bucket_reso", max(1024, *resolution))
         if not values.get("enable_bucket", False):
-            if values.get("bucket_no_upscale"):
-                self.notes.append(f"{place}: `bucket_no_upscale` has no effect without `enable_bucket`")
+            self._note_idle(
+                values,
+                (*_BUCKET_BOUNDS, "bucket_reso_steps", "bucket_no_upscale"),
+                place,
+                "there is no `enable_bucket`",
+            )
             return BucketSizes(resolution)
         no_upscale = values.get("bucket_no_upscale", False)
+        if no_upscale:
+            self._note_idle(
+                values, _BUCKET_BOUNDS, place, "buckets follow the images with `bucket_no_upscale`"
+            )
         if not no_upscale and min_reso > min(resolution):
             self._contradiction(place, "min_bucket_reso", min_reso, "over the resolution", min(resolution))
             min_reso = min(resolution)
@@ -168,7 +173,17 @@ class _Reader:
                 f"{place}: `bucket_reso_steps` {steps} is over the resolution's shorter side"
             )
             steps = min(resolution)
-        return BucketSizes(resolution, steps, max(min_reso, steps), max_reso, no_upscale)
+        sizes = BucketSizes(resolution, steps, max(min_reso, steps), max_reso, no_upscale)
+        for name, used in zip(_BUCKET_BOUNDS, sizes.bounds, strict=True):
+            if not no_upscale and values.get(name, used) != used:
+                self._note(f"`{name}` {values[name]} is taken as {used}, a multiple of {steps}", place)
+        return sizes
+
+    def _note_idle(self, values: Mapping[str, Any], names: Iterable[str], place: str, why: str) -> None:
+        """Notes those of the keys that are given and change nothing."""
+        idle = [f"`{name}`" for name in names if values.get(name, KEYS[name].default) != KEYS[name].default]
+        if idle:
+            self._note(f"{first_few(idle, limit=4)} without effect ({why})", place)
 
     def _contradiction(self, place: str, name: str, value: int, how: str, bound: int) -> None:
         self.problems.append(f"{place}: `{name}` {value} is {how} {bound}")
@@ -185,35 +200,52 @@ class _Reader:
                     self.problems.append(f"{place}: `{name}` cannot be combined with `metadata_file`")
         if values.get("alpha_mask") and "conditioning_data_dir" in own:
             self.problems.append(f"{place}: `alpha_mask` and `conditioning_data_dir` are two masks; take one")
-        caption = {f.name: values[f.name] for f in fields(CaptionSettings) if f.name in values}
-        plain = {f.name: values[f.name] for f in fields(Subset) if f.name in values}
+        if own.get("is_reg") and own.get("validation_split"):
+            self._note("`validation_split` without effect (regularisation images are never held back)", place)
+        if not (values.get("shuffle_caption") or values.get("caption_tag_dropout_rate")):
+            self._note_idle(values, ("keep_tokens",), place, "no tag is shuffled or dropped")
+        self._note_idle(values, ("token_warmup_min",), place, "there is no token warm-up")
+        plain = fields_given(Subset, values)
         for name in ("image_dir", "metadata_file", "conditioning_data_dir"):
             if name in own:
                 plain[name] = self._path(own[name], name, place)
         if "caption_extension" in values:
-            plain["caption_extensions"] = (values["caption_extension"],)
-        return Subset(**plain, caption=CaptionSettings(**caption))
+            ending = values["caption_extension"]
+            if ending.isalnum():
+                self._note(f'`caption_extension = "{ending}"` is taken as `.{ending}`', place)
+                ending = f".{ending}"
+            plain["caption_extension"] = ending
+        return Subset(**plain, caption=CaptionSettings(**fields_given(CaptionSettings, values)))
 
-    def _path(self, typed: str, name: str, place: str) -> Path:
-        """The absolute path of a file or folder that must be there."""
+    def _path(self, given: Path, name: str, place: str) -> Path:
+        """The absolute path of a file or folder that must exist."""
         try:
-            given = Path(typed).expanduser()
             candidates = [given.absolute(), (self.folder / given).absolute()]
             found = next((path for path in candidates if _is_there(path)), None)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            self.problems.append(f"{place}: `{name}` {_shown(typed)} cannot be read: {reason}")
-            return Path(typed)
+        except OSError as error:
+            self.problems.append(
+                f"{place}: `{name}` {shown_value(str(given))} cannot be read: {error.strerror}"
+            )
+            return given
         if found is None:
             looked = " and ".join(f"`{folder}`" for folder in dict.fromkeys([Path.cwd(), self.folder]))
             where = "" if given.is_absolute() else f" (looked for in {looked})"
-            self.problems.append(f"{place}: `{name}` `{typed}` does not exist{where}")
+            self._add_missing(f"`{name}`", f"`{given}`", f"does not exist{where}", place)
             return candidates[0]
         if found.is_dir() == (name == "metadata_file"):
-            self.problems.append(f"{place}: `{name}` `{typed}` is a {'folder' if found.is_dir() else 'file'}")
+            self.problems.append(f"{place}: `{name}` `{given}` is a {'folder' if found.is_dir() else 'file'}")
         elif name == "metadata_file" and not found.is_file():
-            self.problems.append(f"{place}: `{name}` `{typed}` is a device or a pipe")
+            self.problems.append(f"{place}: `{name}` `{given}` is a device or a pipe")
         return found
+
+    def _add_missing(self, name: str, typed: str, what: str, place: str) -> None:
+        """Adds a path that is not there to the line of those that differ in the path and its place only."""
+        position, files = self._missing.setdefault((name, what), (len(self.problems), []))
+        files.append(f"{typed} ({place})")
+        if len(files) == 1:
+            self.problems.append(f"{place}: {name} {typed} {what}")
+        else:
+            self.problems[position] = f"{name} {what}: {first_few(files)}"
 
     def _without_duplicates(self, subsets: Iterable[Subset | None], place: str) -> list[Subset]:
         """The first subset of each folder (with its masks) or metadata file, as the reference tool; without
@@ -223,9 +255,11 @@ class _Reader:
             if subset is None:
                 continue
             if subset.num_repeats == 0:
-                self.notes.append(f"{place}: `{subset.source}` is left out (`num_repeats = 0`)")
+                self._note("subset with `num_repeats = 0`, skipped", f"`{subset.source}`")
             elif (subset.source, subset.conditioning_data_dir) in kept:
-                self.notes.append(f"{place}: `{subset.source}` is there twice; the first one counts")
+                self._note(
+                    f"subset that is there twice in {place}, of which the first counts", f"`{subset.source}`"
+                )
             else:
                 kept[subset.source, subset.conditioning_data_dir] = subset
         return list(kept.values())
@@ -235,23 +269,19 @@ class _Reader:
         if not isinstance(table, Mapping):
             self.problems.append(f"{place} must be a table")
             return {}
-        allowed = [key.name for key in KEYS.values() if level == "subset" or key.inherited]
-        if level == "subset":
-            allowed = [name for name in allowed if KEYS[name].level == "subset"]
+        allowed = list(LEVEL_KEYS["subset"]) if level == "subset" else [n for n in KEYS if n not in OWN_KEYS]
         own = {name: value for name, value in table.items() if name != below}
         self._refuse_unknown(own, allowed, place)
         values: dict[str, Any] = {}
         for name in (name for name in own if name in allowed):
-            key = KEYS[name]
             try:
-                value = key.parse(own[name])
+                values[name] = check_value(KEYS[name], own[name], typed=True)
             except ValueError as error:
-                self.problems.append(f"{place}: `{name}` {error}, not {_shown(own[name])}")
+                self.problems.append(f"{place}: `{name}` {error}")
                 self.unread.add((place, name))
                 continue
-            if key.refusal is not None and value != key.default:
-                self.problems.append(f"{place}: `{name}` cannot be used: {key.refusal}")
-            values[name] = value
+            if name in UNSUPPORTED_KEYS and values[name] != KEYS[name].default:
+                self.problems.append(f"{place}: `{name}` is not supported: {UNSUPPORTED_KEYS[name]}")
         return values
 
     def _refuse_unknown(self, table: Mapping[str, object], allowed: Iterable[str], place: str) -> None:
@@ -261,11 +291,12 @@ class _Reader:
                 continue
             if name in KEYS:
                 where = (
-                    "[[datasets.subsets]]" if KEYS[name].level == "subset" else "[[datasets]] or [general]"
+                    "[[datasets.subsets]]" if name in LEVEL_KEYS["subset"] else "[[datasets]] or [general]"
                 )
                 self.problems.append(f"{place}: `{name}` belongs in {where}")
             else:
-                close = nearest(name, names, limit=1)
+                self._num_unknown += 1  # names are compared for those that may be listed
+                close = nearest(name, names, limit=1) if self._num_unknown <= _LISTED_PROBLEMS else []
                 meant = f"; did you mean `{close[0]}`?" if close else ""
                 self.problems.append(f"{place}: unknown key `{name}`{meant}")
 

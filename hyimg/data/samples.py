@@ -1,236 +1,218 @@
-"""Scanning: from a dataset file to its samples.
+"""A sample: one image of one subset, with everything that caching and training need to know about it.
 
-found = scan(load_dataset_file(path), Index(cache_dir))
-found.samples        # to train on
-found.validation     # held back by `validation_split`
-found.skipped        # images that cannot be read, under on_bad_image="skip"
-found.notes          # to tell the user
+`hyimg.data.scan.scan` makes samples, and `epoch_batches` orders them:
+
+    batches = epoch_batches(samples, seed=seed, epoch=epoch)
+    prompt, flipped = choose(samples[batches[0].samples[0]], seed=seed, epoch=epoch, repeat=0)
+
+The order is a function of (seed, epoch) and the samples, and a sample's caption variant and mirroring of
+(seed, epoch, sample, repeat); no torch is needed.
 """
 
 from __future__ import annotations
 
-import hashlib
+import gc
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from hyimg.cache.index import Index
-from hyimg.data.buckets import Placement, Size
-from hyimg.data.caption_transforms import CaptionContext, CaptionTransforms
-from hyimg.data.captions import CaptionSettings, variants
-from hyimg.data.collector import collector_paused
-from hyimg.data.dataset import Dataset, DatasetFile, Subset
-from hyimg.data.files import Findings, FoundImage, find_images
-from hyimg.data.measuring import Measured, measure
-from hyimg.data.sample import Sample
+from hyimg.cache.latents import LatentRecipe
+from hyimg.config.training import ClassCaptions
+from hyimg.data.buckets import CROP_LIMIT, Placement, Size
+from hyimg.data.dataset_keys import Dataset, Subset
+from hyimg.data.images import filter_for
 from hyimg.errors import HyimgError
+from hyimg.randomness import keyed_random
 
-_MOST_LISTED = 20
+EMPTY_PROMPT = ""
+"""The prompt of a sample whose caption is dropped; always cached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image of one subset.
+
+    `key` depends on the image's content and placement only, so it does not change with captions, paths and other
+    images. `prompts` are the variants of its caption, as they are encoded. Sizes are (width, height) in pixels;
+    `image_size` is the upright image's. `caption_is_private`: the caption's file is a link to outside of the dataset,
+    so its text is not written to files that may be shared.
+    """
+
+    key: str
+    image_path: Path
+    image_hash: str
+    image_size: Size
+    mask_path: Path | None
+    mask_hash: str | None
+    placement: Placement
+    caption: str
+    prompts: tuple[str, ...]
+    num_repeats: int
+    dataset_index: int
+    dataset: Dataset
+    subset: Subset
+    caption_is_private: bool = False
+
+    @property
+    def bucket(self) -> Size:
+        return self.placement.bucket
+
+    @property
+    def batch_size(self) -> int:
+        return self.dataset.batch_size
+
+    @property
+    def weight(self) -> float:
+        """The factor of this sample's loss: `prior_loss_weight` for regularisation images, else 1."""
+        return self.dataset.prior_loss_weight if self.subset.is_reg else 1.0
+
+    @property
+    def is_upscaled(self) -> bool:
+        """Whether the image is enlarged for its bucket."""
+        return self.placement.enlarges(self.image_size)
+
+    @property
+    def is_cropped(self) -> bool:
+        """Whether the crop removes more than `CROP_LIMIT` of the image."""
+        return self.placement.cropped_share > CROP_LIMIT
+
+    @property
+    def flip_variants(self) -> tuple[bool, ...]:
+        """`flipped` of each latent to cache: False, and with `flip_aug` also True."""
+        return (False, True) if self.subset.flip_aug else (False,)
+
+    def recipe(self, flipped: bool = False) -> LatentRecipe:
+        """The recipe of its latent entry."""
+        resized = self.placement.resized
+        return LatentRecipe(
+            image=self.image_hash,
+            bucket=self.placement.bucket,
+            resized=resized,
+            crop=self.placement.crop,
+            filter=filter_for(self.image_size, resized, self.subset.resize_interpolation),
+            flipped=flipped,
+            mask="alpha" if self.subset.alpha_mask else self.mask_hash,
+        )
+
+
+LatentTask = tuple[Sample, bool]
+"""A latent entry: (sample, `flipped`)."""
+
+
+def choose(sample: Sample, *, seed: int, epoch: int, repeat: int) -> tuple[str, bool]:
+    """(prompt, `flipped`) of a sample's `repeat`-th turn (from 0) in an epoch (from 1).
+
+    The prompt is "" if the caption is dropped: in epochs n, 2n, ... with `caption_dropout_every_n_epochs` = n, and at
+    random with `caption_dropout_rate`.
+    """
+
+    def draw(purpose: str) -> random.Random:
+        return keyed_random(seed, epoch, sample.key, repeat, purpose)
+
+    subset = sample.subset
+    every, rate = subset.caption_dropout_every_n_epochs, subset.caption_dropout_rate
+    if (every > 0 and epoch % every == 0) or (rate > 0 and draw("caption dropout").random() < rate):
+        prompt = EMPTY_PROMPT
+    elif len(sample.prompts) == 1:
+        prompt = sample.prompts[0]
+    else:
+        prompt = draw("caption variant").choice(sample.prompts)
+    return prompt, subset.flip_aug and draw("flip").random() < 0.5
+
+
+def class_caption(prompt: str, options: ClassCaptions) -> str:
+    """A prompt with `--diff_output_preservation_class` in place of each `--trigger_word`.
+
+    Differential output preservation as in ai-toolkit: plain text is replaced, and upper and lower case differ.
+    """
+    assert options.trigger_word is not None
+    assert options.diff_output_preservation_class is not None
+    return prompt.replace(options.trigger_word, options.diff_output_preservation_class)
+
+
+def check_class_captions(options: ClassCaptions) -> None:
+    """Raises HyimgError if one of the two options is given without the other, or is empty."""
+    trigger_word, class_text = options.trigger_word, options.diff_output_preservation_class
+    if (trigger_word is None) != (class_text is None):
+        given, missing = "--trigger_word", "--diff_output_preservation_class"
+        if trigger_word is None:
+            given, missing = missing, given
+        raise HyimgError(f"`{given}` without `{missing}`", hint="give both, or neither")
+    if trigger_word is not None and not trigger_word.strip():
+        raise HyimgError("`--trigger_word` is empty", hint="give the word that the captions use")
+    if trigger_word is not None and trigger_word == class_text:
+        raise HyimgError(
+            f"`--trigger_word` and `--diff_output_preservation_class` are both `{trigger_word}`",
+            hint="the class is what must not change: `woman` if the trigger word is `ohwx woman`",
+        )
+
+
+def class_captions(samples: Iterable[Sample], options: ClassCaptions) -> list[str]:
+    """Every distinct class caption that training on `samples` may use; empty if the options are not given.
+
+    Raises HyimgError as `check_class_captions`, and if no caption contains the trigger word.
+    """
+    check_class_captions(options)
+    if options.trigger_word is None:
+        return []
+    prompts = dict.fromkeys(prompt for sample in samples for prompt in sample.prompts)
+    if not any(options.trigger_word in prompt for prompt in prompts):
+        raise HyimgError(
+            f"no caption contains `--trigger_word` `{options.trigger_word}`",
+            hint="give the word as the captions spell it; upper and lower case differ",
+        )
+    return list(dict.fromkeys(class_caption(prompt, options) for prompt in prompts))
+
+
+@contextmanager
+def gc_disabled() -> Iterator[None]:
+    """No automatic garbage collection in the block (or decorated function).
+
+    The samples of a dataset are all alive, so a collection frees nothing; but it starts after every so many new
+    objects and visits each of them, which takes a third of the time with 100,000 samples.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @dataclass(frozen=True)
-class Scan:
-    """What a dataset file leads to. `skipped` are images that cannot be read, with the reason."""
+class Batch:
+    """Indices into the list of samples, and which of its repeats (from 0) each one is."""
 
-    samples: list[Sample]
-    validation: list[Sample]
-    skipped: list[tuple[Path, str]]
-    notes: list[str]
+    samples: tuple[int, ...]
+    repeats: tuple[int, ...]
+    bucket: Size
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
 
-@collector_paused()
-def scan(
-    dataset_file: DatasetFile,
-    index: Index | None = None,
-    *,
-    caption_variants: int = 8,
-    transforms: CaptionTransforms | None = None,
-    on_bad_image: str = "error",
-    progress: Callable[[int], None] | None = None,
-) -> Scan:
-    """Finds and measures every image of a dataset file; with a warm index no image is opened.
+@gc_disabled()
+def epoch_batches(samples: Sequence[Sample], *, seed: int, epoch: int, shuffle: bool = True) -> list[Batch]:
+    """The batches of an epoch, in order; `shuffle=False` keeps the samples' order, for validation.
 
-    `caption_variants` is how many variants a caption with randomness gets, after `transforms`. `on_bad_image` is
-    "error", or "skip" to leave out images that cannot be read. `progress` is called with the images measured
-    since its last call. Raises `HyimgError` that lists every folder, caption and image that is missing or broken.
+    Every sample appears `num_repeats` times. A batch has one dataset and one bucket; the last short batch of a bucket
+    is kept.
     """
-    findings = Findings(notes=list(dataset_file.notes))
-    found = [[find_images(subset, findings) for subset in d.subsets] for d in dataset_file.datasets]
-    _raise_problems(dataset_file, findings.problems)
-
-    images = [image for in_dataset in found for in_subset in in_dataset for image in in_subset]
-    paths = [image.path for image in images] + [i.mask_path for i in images if i.mask_path is not None]
-    measured, bad = measure(paths, index or Index(None), progress)
-    if on_bad_image == "error":
-        _raise_problems(dataset_file, [f"cannot read the image `{path}`: {why}" for path, why in bad.items()])
-
-    if transforms:
-        captioned = (
-            (image.caption, _caption_context(image, subset))
-            for dataset, in_dataset in zip(dataset_file.datasets, found, strict=True)
-            for subset, in_subset in zip(dataset.subsets, in_dataset, strict=True)
-            for image in in_subset
-        )
-        transforms.check_pure(captioned)
-    builder = _Builder(measured, caption_variants, transforms or CaptionTransforms())
-    for number, (dataset, in_dataset) in enumerate(zip(dataset_file.datasets, found, strict=True)):
-        builder.add_dataset(number, dataset, in_dataset, findings)
-    if not builder.samples and not findings.problems:
-        findings.problems.append(
-            "there is no image to train on: every subset is left out (`num_repeats = 0`)"
-        )
-    _raise_problems(dataset_file, findings.problems)
-    return Scan(builder.samples, builder.validation, list(bad.items()), findings.notes)
-
-
-def _raise_problems(dataset_file: DatasetFile, problems: list[str]) -> None:
-    if len(problems) == 1:
-        raise HyimgError(problems[0], hint=f"the dataset file is `{dataset_file.path}`")
-    if problems:
-        lines = [f"\n  {problem}" for problem in problems[:_MOST_LISTED]]
-        if (more := len(problems) - _MOST_LISTED) > 0:
-            lines.append(f"\n  and {more} more")
-        raise HyimgError(
-            f"the dataset of `{dataset_file.path}` has {len(problems)} problems:{''.join(lines)}"
-        )
-
-
-class _Builder:
-    """Makes samples of found and measured images."""
-
-    def __init__(
-        self, measured: dict[Path, Measured], caption_variants: int, transforms: CaptionTransforms
-    ) -> None:
-        self.samples: list[Sample] = []
-        self.validation: list[Sample] = []
-        self._measured = measured
-        self._caption_variants = caption_variants
-        self._transforms = transforms
-        self._prompts: dict[tuple[str, CaptionSettings], tuple[str, ...]] = {}
-        self._occurrences: Counter[str] = Counter()
-
-    def add_dataset(
-        self, number: int, dataset: Dataset, found: Iterable[Sequence[FoundImage]], findings: Findings
-    ) -> None:
-        placements: dict[Size, Placement] = {}
-        training: list[Sample] = []
-        for subset, images in zip(dataset.subsets, found, strict=True):
-            samples: list[Sample] = []
-            for image in images:
-                if image.path not in self._measured or self._lacks_mask(image, findings):
-                    continue
-                size = self._measured[image.path].size
-                if size not in placements:
-                    placements[size] = dataset.bucket_sizes.place(size)
-                samples.append(self._sample(image, placements[size], number, dataset, subset))
-            if not samples:
-                findings.problems.append(f"no image of `{subset.source}` can be read")
-            kept, held_back = _split(samples, subset, findings)
-            training += kept
-            self.validation += [replace(sample, num_repeats=1) for sample in held_back]
-        self.samples += _balance_regularisation(training, findings)
-
-    def _lacks_mask(self, image: FoundImage, findings: Findings) -> bool:
-        """Whether the mask cannot be read; one of another shape is a problem."""
-        if image.mask_path is None:
-            return False
-        if image.mask_path not in self._measured:
-            return True
-        (width, height), (w, h) = self._measured[image.path].size, self._measured[image.mask_path].size
-        if abs(width * h - height * w) > 0.01 * width * h:
-            findings.problems.append(
-                f"the mask `{image.mask_path}` ({w}x{h}) has another shape than "
-                f"`{image.path}` ({width}x{height})"
-            )
-        return False
-
-    def _sample(
-        self, image: FoundImage, placement: Placement, number: int, dataset: Dataset, subset: Subset
-    ) -> Sample:
-        of_image = self._measured[image.path]
-        text = image.caption
-        if self._transforms:
-            text = self._transforms(text, _caption_context(image, subset))
-        caption = (text, subset.caption)
-        if caption not in self._prompts:
-            self._prompts[caption] = tuple(variants(*caption, self._caption_variants))
-        return Sample(
-            key=self._key(of_image.sha256, placement),
-            image_path=image.path,
-            image_hash=of_image.sha256,
-            image_size=of_image.size,
-            mask_path=image.mask_path,
-            mask_hash=None if image.mask_path is None else self._measured[image.mask_path].sha256,
-            placement=placement,
-            caption=text,
-            prompts=self._prompts[caption],
-            num_repeats=subset.num_repeats,
-            dataset_index=number,
-            dataset=dataset,
-            subset=subset,
-        )
-
-    def _key(self, sha256: str, placement: Placement) -> str:
-        """Distinct for the same image in the same bucket twice: such samples must not share their noise."""
-        what = f"{sha256} {placement.bucket} {placement.resized}"
-        self._occurrences[what] += 1
-        return hashlib.sha256(f"{what} {self._occurrences[what]}".encode()).hexdigest()[:32]
-
-
-def _caption_context(image: FoundImage, subset: Subset) -> CaptionContext:
-    return CaptionContext(image.path, subset.is_reg, subset.custom_attributes or {})
-
-
-def _split(samples: list[Sample], subset: Subset, findings: Findings) -> tuple[list[Sample], list[Sample]]:
-    """Training and validation samples of a subset, each in order.
-
-    Which images are held back agrees with the reference tool: the last of a list shuffled by
-    `validation_seed`. Regularisation images never are.
-    """
-    if subset.validation_split == 0 or subset.is_reg:
-        return samples, []
-    order = list(range(len(samples)))
-    random.Random(subset.validation_seed).shuffle(order)
-    num_held_back = round(len(samples) * subset.validation_split)
-    if samples and not 0 < num_held_back < len(samples):
-        findings.problems.append(
-            f"`validation_split` {subset.validation_split:g} of the {len(samples)} images of "
-            f"`{subset.source}` leaves {'none to validate' if num_held_back == 0 else 'none to train'}"
-        )
-    cut = len(samples) - num_held_back
-    return [samples[i] for i in sorted(order[:cut])], [samples[i] for i in sorted(order[cut:])]
-
-
-def _balance_regularisation(samples: list[Sample], findings: Findings) -> list[Sample]:
-    """Repeats regularisation images until an epoch shows as many of them as of the others.
-
-    As the reference tool counts: first each with its own repeats, until there are enough; then one more
-    each, in turn. Images that are not reached are left out, and a note says how many.
-    """
-    others = [sample for sample in samples if not sample.subset.is_reg]
-    regular = [sample for sample in samples if sample.subset.is_reg]
-    if not regular:
-        return samples
-    wanted = sum(sample.num_repeats for sample in others)
-    if wanted == 0:
-        findings.problems.append("a dataset has regularisation images only (`is_reg`)")
-        return samples
-    used: list[Sample] = []
-    total = 0
-    for sample in regular:
-        if total >= wanted:
-            break
-        used.append(sample)
-        total += sample.num_repeats
-    if len(used) < len(regular):
-        findings.notes.append(
-            f"{len(regular) - len(used)} of {len(regular)} regularisation images are not used: "
-            f"the others fill only {wanted} turns an epoch"
-        )
-    rounds, rest = divmod(max(wanted - total, 0), len(used))
-    extra = [rounds + (place < rest) for place in range(len(used))]
-    return others + [
-        replace(s, num_repeats=s.num_repeats + more) for s, more in zip(used, extra, strict=True)
-    ]
+    groups: defaultdict[tuple[int, Size], list[tuple[int, int]]] = defaultdict(list)
+    for index, sample in enumerate(samples):
+        groups[sample.dataset_index, sample.bucket].extend((index, n) for n in range(sample.num_repeats))
+    batches: list[Batch] = []
+    for (dataset_index, bucket), turns in sorted(groups.items()):
+        if shuffle:
+            keyed_random(seed, epoch, "order", dataset_index, bucket).shuffle(turns)
+        size = samples[turns[0][0]].batch_size
+        for start in range(0, len(turns), size):
+            indices, repeats = zip(*turns[start : start + size], strict=True)
+            batches.append(Batch(indices, repeats, bucket))
+    if shuffle:
+        keyed_random(seed, epoch, "order of batches").shuffle(batches)
+    return batches

@@ -1,4 +1,4 @@
-"""The glyph byT5 encoder: texts to draw as hidden states, with transformers' T5 encoder.
+"""The glyph byT5 encoder: hidden states of quoted texts, with transformers' T5 encoder.
 
 Shapes: B batch, S glyph tokens, E byT5 width
 """
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyimg.encoders.batching import equal_length_batches
-from hyimg.encoders.byt5_tokens import NUM_PLAIN_TOKENS, tokenize_glyphs
-from hyimg.encoders.header_check import check_tensors, refuse_other_kind
-from hyimg.encoders.template import Tokenized
+from hyimg.checkpoints.header_check import check_tensors, refuse_other_kind
+from hyimg.checkpoints.safetensors_file import Checkpoint
+from hyimg.encoders.glyph import NUM_PLAIN_TOKENS, tokenize_glyphs
+from hyimg.encoders.qwen import equal_length_batches
+from hyimg.encoders.tokenizer import Tokenized
 from hyimg.errors import HyimgError
-from hyimg.model.safetensors_file import Checkpoint
 
 _TABLE = "shared.weight"
-# The same table under the name that the encoder ties to it; a file may have either, or both
+# The same table under its tied name; a file may have either, or both
 _TIED_TABLE = "encoder.embed_tokens.weight"
 _ATTENTION = "encoder.block.0.layer.0.SelfAttention."
 _BIAS = _ATTENTION + "relative_attention_bias.weight"
@@ -34,7 +34,7 @@ _FLOAT32 = ".DenseReluDense.wo.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class ByT5Arch:
-    """The sizes of a T5 encoder with gated GELU, all of them told by its tensors' shapes."""
+    """The sizes of a T5 encoder with gated GELU, all read from its tensors' shapes."""
 
     d_model: int
     num_heads: int
@@ -65,10 +65,9 @@ class ByT5Arch:
 
 
 def check_byt5(path: Path | str) -> ByT5Arch:
-    """The sizes of the encoder in a file or a Hugging Face folder, after a look at its headers only.
+    """The sizes of the encoder in a file or a Hugging Face folder; only headers are read.
 
-    Raises `HyimgError` for a file that is something else, and one that lists all tensors that are missing,
-    misshapen or unknown.
+    Raises `HyimgError` for a file of another kind, or that lists all missing, misshapen and unknown tensors.
     """
     return _arch_of(Checkpoint.open(path))
 
@@ -94,23 +93,23 @@ def _arch_of(checkpoint: Checkpoint) -> ByT5Arch:
         num_heads=num_heads,
         head_dim=shape(_ATTENTION + "q.weight")[0] // num_heads,
         d_ff=shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
-        num_layers=1 + max(layers),
+        num_layers=min(1 + max(layers), len(tensors)),  # a name may have a huge number
         num_buckets=num_buckets,
         vocab=vocab,
     )
     check_tensors(path, arch.read_shapes(), tensors, model="the glyph byT5 encoder")
     if vocab < NUM_PLAIN_TOKENS:
         raise HyimgError(
-            f"`{path}` has a vocabulary of {vocab} tokens, and byT5 has {NUM_PLAIN_TOKENS} at least"
+            f"`{path}` has a vocabulary of {vocab} tokens, but byT5 has at least {NUM_PLAIN_TOKENS}"
         )
     return arch
 
 
 @dataclass(frozen=True)
 class ByT5Encoder:
-    """The encoder, whose weights are read when the first text to draw comes and then stay on `device`.
+    """The encoder; its weights are read with the first quoted text and then stay on `device`.
 
-    `dtype` None is the file's own (float16 in the release); `wo` is float32 in any case.
+    `dtype` None is the file's (float16 in the release); `wo` is always float32.
     """
 
     checkpoint: Checkpoint
@@ -133,13 +132,13 @@ class ByT5Encoder:
         return ByT5Encoder(checkpoint, _arch_of(checkpoint), torch.device(device), dtype, batch_size)
 
     def tokenize(self, glyph_prompt: str) -> Tokenized:
-        """The ids that a prompt becomes, at most 128, with the tokens that this file has rows for."""
+        """The ids of a glyph prompt, at most 128, with the tokens that this file has rows for."""
         return tokenize_glyphs(glyph_prompt, num_rows=self.arch.vocab)
 
     def encode(self, glyph_prompts: Sequence[str | None]) -> list[Tensor | None]:
-        """For each prompt its tokens' states (S, E), S at most 128; None where nothing is to be drawn.
+        """The states (S, E) of each prompt of `glyph.glyph_prompt`, S at most 128; None for None.
 
-        Prompts as `glyph.glyph_prompt` makes them. On the CPU, in the model's dtype.
+        On the CPU, in the model's dtype.
         """
         indices = [i for i, prompt in enumerate(glyph_prompts) if prompt is not None]
         rows = [self.tokenize(p).ids for p in glyph_prompts if p is not None]
@@ -150,9 +149,9 @@ class ByT5Encoder:
 
     @torch.no_grad()
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        """For each row of token ids the states (S, E) of all its tokens, on the CPU."""
+        """The states (S, E) of each row of token ids, on the CPU, in the model's dtype."""
         states: dict[int, Tensor] = {}
-        for batch in equal_length_batches(rows, self.batch_size):
+        for batch in equal_length_batches([len(row) for row in rows], self.batch_size):
             ids_BS = torch.tensor([rows[i] for i in batch], device=self.device)
             out_BSE: Tensor = self._model(input_ids=ids_BS).last_hidden_state
             states.update((i, row_SE.clone()) for i, row_SE in zip(batch, out_BSE.cpu(), strict=True))
@@ -178,7 +177,7 @@ class ByT5Encoder:
         with torch.device("meta"):
             model = T5EncoderModel(config)
         state = {name: self._read(name) for name in arch.read_shapes()}
-        # Tied to the table, and otherwise left on the meta device
+        # Tied to the table; it would stay on the meta device
         state[_TIED_TABLE] = state[_TABLE]
         model.load_state_dict(state, strict=True, assign=True)
         return model.eval()

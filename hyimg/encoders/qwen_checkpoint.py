@@ -1,29 +1,29 @@
-"""The language model of a Qwen2.5-VL checkpoint: its sizes and the names of the tensors that are read.
+"""The language model of a Qwen2.5-VL checkpoint: its sizes and the names of its tensors. No torch.
 
-No torch. Names are those of the original release (`model.layers.0...`, which the single ComfyUI file keeps)
-after a prefix, which newer Hugging Face folders lengthen (`model.language_model.layers.0...`).
+Names are those of the original release and ComfyUI's file (`model.layers.0...`) after a prefix, which is longer in
+newer Hugging Face folders (`model.language_model.layers.0...`).
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hyimg.encoders.header_check import check_tensors, refuse_other_kind
+from hyimg.checkpoints.header_check import check_tensors, refuse_other_kind
+from hyimg.checkpoints.safetensors_file import Checkpoint, TensorInfo
+from hyimg.config.documents import DOCUMENT_BYTES, parse_json, read_bounded
 from hyimg.errors import HyimgError
-from hyimg.model.safetensors_file import Checkpoint, TensorInfo
 
-# Width of an attention head in every Qwen2.5-VL (3B, 7B, 32B, 72B)
+# Head size of every Qwen2.5-VL (3B, 7B, 32B, 72B)
 HEAD_DIM = 128
 ROPE_THETA = 1e6
-# transformers' default is 1e-5, and 0.01 off after 26 layers
+# transformers' default of 1e-5 causes a difference of 0.01 after 26 layers
 RMS_EPS = 1e-6
 
-# HunyuanImage takes `hidden_states[-3]`: these last layers, like the final norm and the head, are not run
+# HunyuanImage uses `hidden_states[-3]`: the last layers, the final norm and the head are not run
 NUM_UNUSED_LAYERS = 2
 
 _EMBEDDING = "embed_tokens.weight"
@@ -31,9 +31,9 @@ _EMBEDDING = "embed_tokens.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class QwenArch:
-    """The sizes of a Qwen2.5-VL language model; `prefix` stands before every tensor name.
+    """The sizes of a Qwen2.5-VL language model, and the `prefix` of its tensors' names.
 
-    `num_layers` counts all layers of the model, of which the last two are never read.
+    `num_layers` counts all layers, of which the last two are never read.
     """
 
     hidden: int
@@ -56,7 +56,7 @@ class QwenArch:
         return self.prefix + _EMBEDDING
 
     def reads(self, name: str) -> bool:
-        """Whether a tensor of this name belongs to the embedding or to a layer that is run."""
+        """Whether the tensor belongs to the embedding or to a layer that is run."""
         if layer := re.match(re.escape(self.prefix) + r"layers\.(\d+)\.", name):
             return int(layer[1]) < self.num_read_layers
         return name.startswith(self.prefix + "embed_tokens.")
@@ -65,7 +65,7 @@ class QwenArch:
         return f"{self.prefix}layers.{layer}."
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors of one layer, named as after `layer_prefix`."""
+        """The tensors of one layer, by their names after `layer_prefix`."""
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
             "input_layernorm.weight": (self.hidden,),
@@ -83,7 +83,7 @@ class QwenArch:
         }
 
     def read_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor that encoding reads, under its full name."""
+        """Every tensor that encoding reads, by its full name."""
         shapes: dict[str, tuple[int, ...]] = {self.embedding_name: (self.vocab, self.hidden)}
         for layer in range(self.num_read_layers):
             shapes.update({self.layer_prefix(layer) + k: shape for k, shape in self.layer_shapes().items()})
@@ -91,16 +91,16 @@ class QwenArch:
 
 
 def check_qwen(path: Path | str) -> QwenArch:
-    """The sizes of the language model in a file or folder, after a look at its headers only.
+    """The sizes of the language model in a file or folder; only headers are read.
 
-    Raises `HyimgError` for a file that is something else, and one that lists all tensors that are missing,
-    misshapen or unknown among those that encoding reads.
+    Raises `HyimgError` for a file of another kind, or that lists all missing, misshapen and unknown tensors among those
+    that encoding reads.
     """
     return arch_of(Checkpoint.open(path))
 
 
 def arch_of(checkpoint: Checkpoint) -> QwenArch:
-    """As `check_qwen`, of a checkpoint that is open."""
+    """As `check_qwen`, for an open checkpoint."""
     path, tensors = checkpoint.path, checkpoint.tensors
     refuse_other_kind(path, tensors, "qwen")
     arch = _arch_from(path, tensors, _head_dim(checkpoint))
@@ -109,8 +109,8 @@ def arch_of(checkpoint: Checkpoint) -> QwenArch:
     return arch
 
 
-def _arch_from(path: Path, tensors: Mapping[str, TensorInfo], told_head_dim: int | None) -> QwenArch:
-    """Sizes from the shapes; that each tensor is there and fits is checked afterwards."""
+def _arch_from(path: Path, tensors: Mapping[str, TensorInfo], known_head_dim: int | None) -> QwenArch:
+    """Sizes from the shapes; the caller checks that each tensor exists and fits."""
     prefixes = [name.removesuffix(_EMBEDDING) for name in tensors if name.endswith(_EMBEDDING)]
     if len(prefixes) != 1:
         raise HyimgError(f"`{path}` has {len(prefixes)} tensors `{_EMBEDDING}`, where a text encoder has one")
@@ -124,17 +124,18 @@ def _arch_from(path: Path, tensors: Mapping[str, TensorInfo], told_head_dim: int
 
     layer = re.compile(re.escape(prefix) + r"layers\.(\d+)\.")
     num_layers = 1 + max((int(m[1]) for name in tensors if (m := layer.match(name))), default=-1)
+    num_layers = min(num_layers, len(tensors))  # a name may have a huge number
     if num_layers <= NUM_UNUSED_LAYERS:
-        raise HyimgError(f"`{path}` has {num_layers} layers, and at least {NUM_UNUSED_LAYERS + 1} are needed")
+        raise HyimgError(f"`{path}` has {num_layers} layers, but at least {NUM_UNUSED_LAYERS + 1} are needed")
     vocab, hidden = shape(_EMBEDDING)
     q_width, _ = shape("layers.0.self_attn.q_proj.weight")
     kv_width, _ = shape("layers.0.self_attn.k_proj.weight")
-    head_dim = told_head_dim or HEAD_DIM
+    head_dim = known_head_dim or HEAD_DIM
     if head_dim % 2 or q_width % head_dim or kv_width % head_dim or q_width % kv_width:
         raise HyimgError(
             f"`{path}` has queries of {q_width} and keys of {kv_width} values, which do not divide into "
             f"heads of {head_dim}",
-            hint="a model with other heads says so in its metadata (`meta`) or in `config.json` beside it",
+            hint="give another number of heads in the file's metadata (`meta`) or in `config.json` next to it",
         )
     return QwenArch(
         hidden=hidden,
@@ -149,20 +150,22 @@ def _arch_from(path: Path, tensors: Mapping[str, TensorInfo], told_head_dim: int
 
 
 def _head_dim(checkpoint: Checkpoint) -> int | None:
-    """The width of a head, which no shape tells: from the metadata or a folder's `config.json`, or None.
+    """The size of a head, which no shape shows: from the metadata or a folder's `config.json`, or None.
 
     The metadata holds `meta`, JSON with `{"config": {"hidden": 64, "heads": 4}}`; `config.json` is
     transformers', with the sizes at the top or in `text_config`.
     """
     try:
         if "meta" in checkpoint.metadata:
-            config: dict[str, Any] = json.loads(checkpoint.metadata["meta"])["config"]
+            config: dict[str, Any] = parse_json(checkpoint.metadata["meta"], "`meta`")["config"]
             return max(1, int(config["hidden"]) // int(config["heads"]))
         config_path = checkpoint.path / "config.json"
         if config_path.is_file():
-            config = json.loads(config_path.read_text(encoding="utf-8"))
+            config = parse_json(read_bounded(config_path, DOCUMENT_BYTES), "it")
             config = config.get("text_config", config)
             return max(1, int(config["hidden_size"]) // int(config["num_attention_heads"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
-        raise HyimgError(f"what `{checkpoint.path}` says about its attention heads cannot be read") from None
+    except OSError as error:
+        raise HyimgError(f"`{error.filename}` cannot be read: {error.strerror}") from None
+    except (HyimgError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        raise HyimgError(f"the attention heads given in `{checkpoint.path}` cannot be read") from None
     return None

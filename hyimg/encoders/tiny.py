@@ -1,7 +1,6 @@
-"""Tiny text encoders with random weights: true structure, names and tokens, at sizes a laptop runs.
+"""Tiny text encoders with random weights, for dry runs and tests.
 
-For dry runs and tests. The files look like the real ones to every loader, down to the tensors that a
-loader must ignore (vision tower, head).
+Structure, names and tokens are the real ones, including tensors that a loader must ignore (vision tower, head).
 """
 
 from __future__ import annotations
@@ -19,15 +18,21 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hyimg.cache.atomic import atomic_write_bytes, atomic_write_text
+from hyimg.checkpoints.safetensors_file import read_header
 from hyimg.encoders.byt5 import ByT5Arch
-from hyimg.encoders.byt5_tokens import NUM_TOKENS
+from hyimg.encoders.glyph import NUM_TOKENS
 from hyimg.encoders.qwen_checkpoint import QwenArch
-from hyimg.encoders.template import fill_template
-from hyimg.encoders.tokenizer import build_tokenizer
-from hyimg.encoders.vocabulary import SPECIAL_TOKENS, Vocabulary, byte_alphabet, special_after
+from hyimg.encoders.tokenizer import (
+    SPECIAL_TOKENS,
+    Vocabulary,
+    build_tokenizer,
+    byte_alphabet,
+    fill_template,
+    special_after,
+)
 from hyimg.randomness import keyed_generator
 
-Shapes = Mapping[str, tuple[int, ...]]
+_Shapes = Mapping[str, tuple[int, ...]]
 
 TINY_VOCAB = 1024
 
@@ -39,7 +44,7 @@ TINY_BYT5 = ByT5Arch(
 )
 
 # A few of the vision tower's 390 tensors
-_DUMMY_VISION: Shapes = {
+_DUMMY_VISION: _Shapes = {
     "visual.patch_embed.proj.weight": (8, 3, 2, 2, 2),
     "visual.blocks.0.norm1.weight": (8,),
     "visual.merger.mlp.0.bias": (8,),
@@ -59,8 +64,8 @@ def make_tiny_qwen(
 ) -> None:
     """Writes a Qwen2.5-VL file in the ComfyUI layout: all layers, final norm, head, some vision tensors.
 
-    `weights`, by name, take the place of random ones. The number of heads, which no shape tells, stands in the
-    metadata as `check_qwen` reads it.
+    `weights`, by name, replace random ones. The number of heads, which no shape shows, is in the metadata that
+    `check_qwen` reads.
     """
     shapes: dict[str, tuple[int, ...]] = {
         arch.embedding_name: (arch.vocab, arch.hidden),
@@ -87,7 +92,7 @@ def make_tiny_byt5(
 
 def _write(
     path: Path | str,
-    shapes: Shapes,
+    shapes: _Shapes,
     key: str,
     dtype: torch.dtype,
     metadata: dict[str, str],
@@ -98,11 +103,11 @@ def _write(
         name: (given[name] if name in given else _random_weight(name, shape, key)).to(dtype)
         for name, shape in shapes.items()
     }
-    atomic_write_bytes(path, save(tensors, metadata=metadata))
+    atomic_write_bytes(path, save(tensors, metadata=metadata), root=Path(path).parent, verify=read_header)
 
 
 def _random_weight(name: str, shape: tuple[int, ...], key: str) -> Tensor:
-    """Norms of one, embeddings of unit variance, matrices that keep the variance of their input."""
+    """Norms of one, embeddings of unit variance, matrices that preserve the variance of their input."""
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     is_table = name.endswith(("embed_tokens.weight", "shared.weight", "relative_attention_bias.weight"))
@@ -111,10 +116,10 @@ def _random_weight(name: str, shape: tuple[int, ...], key: str) -> Tensor:
 
 
 def train_tiny_tokenizer(texts: Iterable[str], folder: Path | str, *, num_tokens: int = TINY_VOCAB) -> Path:
-    """Writes `folder/tokenizer.json`: byte pairs learnt from `texts`, Qwen's splitting and special tokens.
+    """Writes `folder/tokenizer.json`, BPE trained on `texts` with Qwen's splitting and special tokens.
 
-    At most `num_tokens` ids. Every word of the prompt template is one token, as in the real vocabulary, so
-    that the template has 34 tokens here too. The same texts give the same file. Returns the file's path.
+    Returns the file's path. It has at most `num_tokens` ids. Every word of the prompt template is one token, as in the
+    real vocabulary, so the template has 34 tokens here too. The same texts give the same file.
     """
     splitter = build_tokenizer(Vocabulary({}, [], {}))
 
@@ -124,21 +129,21 @@ def train_tiny_tokenizer(texts: Iterable[str], folder: Path | str, *, num_tokens
 
     template = re.sub(r"<\|\w+\|>", "", fill_template(""))
     counts = words("\n".join(texts)[:_MAX_TRAINING_CHARS])
-    # The template's words outweigh all else, and so are whole before any other pair is merged
+    # The template's words outweigh all others, so they are merged first
     counts.update(dict.fromkeys(words(template), _MAX_TRAINING_CHARS))
     alphabet = byte_alphabet()
     merges = _learn_merges(counts, num_tokens - len(alphabet) - len(SPECIAL_TOKENS))
     ids = {token: i for i, token in enumerate([*alphabet, *(left + right for left, right in merges)])}
     path = Path(folder) / "tokenizer.json"
     tokenizer = build_tokenizer(Vocabulary(ids, merges, special_after(ids)))
-    atomic_write_text(path, tokenizer.to_str(pretty=True))
+    atomic_write_text(path, tokenizer.to_str(pretty=True), root=folder)
     return path
 
 
 def _learn_merges(counts: Mapping[str, int], limit: int) -> list[tuple[str, str]]:
     """The `limit` merges of byte-pair encoding (Sennrich et al. 2016, algorithm 1), ties by spelling.
 
-    The trainer of the tokenizers library is faster, and breaks ties differently from run to run.
+    The trainer of the tokenizers library is faster, but breaks ties differently in each run.
     """
     parts = {word: list(word) for word in counts}
     merges: list[tuple[str, str]] = []

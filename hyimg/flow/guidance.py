@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hyimg.memory.device import has_float64
+
 # Shapes: B batch, C latent channels, H W latent height and width
 
 # what the official pipeline runs APG with
@@ -59,9 +61,9 @@ def rescale(guided_BCHW: Tensor, cond_BCHW: Tensor, factor: float) -> Tensor:
 def project_out(direction_BCHW: Tensor, onto_BCHW: Tensor) -> Tensor:
     """`direction` without its part along `onto`, image by image; in float64, as the official code has it.
 
-    (Apple's GPUs have no float64; there it is float32.)
+    (Some GPUs have no float64; there it is float32.)
     """
-    dtype = torch.float32 if onto_BCHW.device.type == "mps" else torch.float64
+    dtype = torch.float64 if has_float64(onto_BCHW.device) else torch.float32
     direction, onto = direction_BCHW.to(dtype), onto_BCHW.to(dtype)
     dims = list(range(1, onto.ndim))
     along_B111 = (direction * onto).sum(dims, keepdim=True)

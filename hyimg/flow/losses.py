@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyimg.errors import HyimgError
-from hyimg.flow.schedule import NUM_TRAIN_TIMESTEPS
 from hyimg.flow.targets import per_image
+from hyimg.flow.timesteps import NUM_TRAIN_TIMESTEPS
 
 # Shapes: B batch, C latent channels, H W latent height and width
 

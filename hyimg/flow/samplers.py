@@ -11,11 +11,10 @@ import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from hyimg.errors import HyimgError, RunError
-from hyimg.plugins import describe
+from hyimg.plugins.guard import check_tensor, guarded
 
 # Shapes: B batch, C latent channels, H W latent height and width
 
@@ -112,42 +111,16 @@ def run_sampler(
 ) -> Tensor:
     """A sampler's result, float32, in the shape of `x`; `name` is what the user called the sampler.
 
-    Raises RunError, naming the sampler, where it fails or returns anything else. What the model or the
-    callback raises under it, and a lack of memory, is not its fault and stays what it is.
+    Raises RunError, naming the sampler, if it fails or returns anything else. What `denoise` or the callback raises
+    is not its fault and passes unchanged.
     """
-    below: list[BaseException] = []
-
-    def watched_denoise(x: Tensor, sigma: float) -> Tensor:
-        try:
-            return denoise(x, sigma)
-        except BaseException as error:
-            below.append(error)
-            raise
-
-    def watched_callback(step: int, x: Tensor, denoised: Tensor) -> None:
-        try:
-            if callback is not None:
-                callback(step, x, denoised)
-        except BaseException as error:
-            below.append(error)
-            raise
-
-    try:
-        result: object = sampler(watched_denoise, x, sigmas, watched_callback, **(arguments or {}))
-    except (HyimgError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if error in below:
-            raise
-        raise RunError(
-            f"the sampler `{name}` failed: {describe(error)}",
-            hint="choose another `--sampler`, or mend its plugin",
-        ) from error
-    if not isinstance(result, Tensor):
-        raise RunError(f"the sampler `{name}` returned {type(result).__name__}, not a latent")
-    if result.shape != x.shape or not result.is_floating_point():
-        raise RunError(
-            f"the sampler `{name}` returned {result.dtype} of shape {tuple(result.shape)} for a latent of shape "
-            f"{tuple(x.shape)}"
+    hint = "choose another `--sampler`, or fix its plugin"
+    with guarded(f"the sampler `{name}` failed", hint=hint, error=RunError) as guard:
+        result = sampler(
+            guard.unblamed(denoise),
+            x,
+            sigmas,
+            guard.unblamed(callback or (lambda step, x, denoised: None)),
+            **(arguments or {}),
         )
-    return result.float()
+    return check_tensor(result, x.shape, f"the sampler `{name}` returned", hint=hint, error=RunError).float()

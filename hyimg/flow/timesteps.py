@@ -3,6 +3,10 @@
 Drawing and mapping are apart. Draws belong to a sample, so they do not change with the batch around it or
 with the number of processes; a map is a pure function and agrees with tests/golden/schedule.json. A timestep
 sampler, built in or a plugin's, is `(draws, context) -> sigma_B`.
+
+Noise levels in order: the inference schedule, and the table that `--timestep_sampling sigma` draws from.
+
+A noise level sigma runs from 0 (the image) to 1 (pure noise); the model gets sigma * 1000 as float32.
 """
 
 from __future__ import annotations
@@ -15,8 +19,48 @@ import torch
 from torch import Tensor
 
 from hyimg.errors import HyimgError
-from hyimg.flow.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma, training_sigmas
+from hyimg.plugins.guard import check_tensor
 from hyimg.randomness import keyed_generator
+
+# Shapes: B batch
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """Move noise levels towards 1 (`shift` > 1) or 0 (`shift` < 1); 0 and 1 stay where they are.
+
+    `shift * s / (1 + (shift - 1) * s)`: Esser et al., "Scaling Rectified Flow Transformers for
+    High-Resolution Image Synthesis" (arXiv 2403.03206), section 5.3.2.
+    """
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def inference_sigmas(steps: int, shift: float = 5.0) -> Tensor:
+    """The `steps + 1` noise levels of a rendering, float32 on the CPU, falling from exactly 1 to exactly 0.
+
+    Raises HyimgError where `steps` is not at least 1 or `shift` is not positive.
+    """
+    if steps < 1:
+        raise HyimgError(f"the number of steps must be at least 1, not {steps}")
+    if not shift > 0:
+        raise HyimgError(f"the flow shift must be over 0, not {shift:g}", hint="5 suits HunyuanImage-2.1")
+    return shift_sigma(torch.linspace(1, 0, steps + 1), shift)
+
+
+def training_sigmas(shift: float = 5.0) -> Tensor:
+    """The 1000 noise levels that `--timestep_sampling sigma` chooses from, float32, falling from 1.
+
+    float32 throughout: the same table in bfloat16 has 294 distinct values.
+    """
+    t = torch.arange(NUM_TRAIN_TIMESTEPS, 0, -1, dtype=torch.float32) / NUM_TRAIN_TIMESTEPS
+    return shift_sigma(t, shift)
+
+
+def timesteps(sigma_B: Tensor) -> Tensor:
+    """Noise levels as the model gets them: sigma * 1000, float32, never rounded to an integer."""
+    return sigma_B.float() * NUM_TRAIN_TIMESTEPS
+
 
 # Shapes: B batch
 
@@ -85,21 +129,14 @@ def sample_sigmas(
 
 
 def _checked(sigma_B: object, sampler: TimestepSampler, *, batch_size: int) -> Tensor:
-    """The answer of a timestep sampler, which may be a plugin's, in float32; a rounding over 1 is taken off."""
+    """The result of a timestep sampler, which may be a plugin's, in float32; a rounding error above 1 is removed."""
     name = getattr(getattr(sampler, "func", sampler), "__name__", sampler)
-    blame = f"the timestep sampler `{name}`"
+    what = f"the timestep sampler `{name}` returned"
     hint = "it must return a float tensor of shape (B,) with values in 0..1"
-    if not isinstance(sigma_B, Tensor):
-        raise HyimgError(f"{blame} returned {type(sigma_B).__name__}, not a tensor", hint=hint)
-    if sigma_B.shape != (batch_size,) or not sigma_B.is_floating_point():
-        raise HyimgError(
-            f"{blame} returned {sigma_B.dtype} of shape {tuple(sigma_B.shape)} for {batch_size} images",
-            hint=hint,
-        )
-    sigma_B = sigma_B.float()
+    sigma_B = check_tensor(sigma_B, (batch_size,), what, hint=hint).float()
     # a shift may put 1 a rounding too high; the comparison is false for NaN too
     for value in sigma_B[~((sigma_B >= 0) & (sigma_B <= 1 + 1e-6))].tolist():
-        raise HyimgError(f"{blame} returned the noise level {value:g}", hint=hint)
+        raise HyimgError(f"{what} the noise level {value:g}", hint=hint)
     return sigma_B.clamp(max=1)
 
 

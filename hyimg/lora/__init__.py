@@ -1,5 +1,4 @@
-"""LoRA: the adapter and the network of adapters, the patterns that plan it, and its file formats.
+"""LoRA: adapter kinds, the network of adapters, who gets one, and merging into a model. `files` is about LoRA files.
 
-`formats`, `pieces`, `contents`, `terms`, `compression`, `rewriting`, `writer`, `file`, `consumers`, `patterns`, `plan`
-and `inspection` work without torch.
+`patterns`, `rank_plan` and `inspection` need no torch.
 """

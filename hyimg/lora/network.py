@@ -1,4 +1,7 @@
-"""The LoRA network: one adapter for each planned Linear of a DiT's double and single blocks."""
+"""The adapter network: one adapter for each planned Linear of a DiT's double and single blocks.
+
+Max-norm regularisation (`--scale_weight_norms`) limits the norm of each module's update.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyimg.errors import HyimgError
+from hyimg.checkpoints.architecture import DiTArch
+from hyimg.checkpoints.names import linear_modules
+from hyimg.errors import HyimgError, first_few
 from hyimg.lora.adapter import LoRA
-from hyimg.lora.base import Adapter
-from hyimg.lora.dropout import Dropout, DropoutRates
-from hyimg.lora.file import read_lora, require_finite
-from hyimg.lora.lycoris import lycoris_adapters
-from hyimg.lora.plan import ModulePlan, plan_from_state, plan_network
-from hyimg.model.architecture import DiTArch
+from hyimg.lora.base import Adapter, Dropout, DropoutRates
+from hyimg.lora.files.conversion import read_adapters
+from hyimg.lora.rank_plan import ModulePlan, plan_network
 from hyimg.model.dit import DiT
-from hyimg.model.keys import linear_modules
 from hyimg.model.layers import Linear
 
 
-class LoRANetwork(nn.Module):
-    """Adapters by LoRA name, in model order.
+class AdapterNetwork(nn.Module):
+    """Adapters of any kind by LoRA name, in model order.
 
     The adapters are this module's children, so that parameters are named as in a file
     (`lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`) and come in model order, down before up. The
-    base model knows them only as `Linear.adapters` between `attach` and `detach`; its own parameters,
-    state_dict and device are never touched.
+    base model refers to them only in `Linear.adapters`, between `attach` and `detach`; its own parameters,
+    state_dict and device are never changed.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class LoRANetwork(nn.Module):
         kind: type[Adapter] = LoRA,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        """`kind` makes the adapters, with `arguments` beside each module's plan."""
+        """Creates adapters of class `kind` from each module's plan and `arguments`."""
         super().__init__()
         self.plan = tuple(module for module in plan if module.rank)
         if not self.plan:
@@ -61,91 +62,73 @@ class LoRANetwork(nn.Module):
         plan: Sequence[ModulePlan] | None = None,
         kind: type[Adapter] = LoRA,
         arguments: Mapping[str, Any] | None = None,
-    ) -> LoRANetwork:
-        """A fresh network that does nothing yet, not attached. `plan` takes the place of rank and alpha."""
+    ) -> AdapterNetwork:
+        """A freshly initialised network without effect, not attached. `plan` replaces rank and alpha."""
         if plan is None:
             plan = plan_network(linear_modules(dit.arch), dim=rank, alpha=alpha)
-        network = LoRANetwork(plan, kind, arguments)
+        network = AdapterNetwork(plan, kind, arguments)
         for module, lora in network.adapters():
             lora.initialize(seed, module.name)
         return network
 
     @staticmethod
-    def from_file(path: str | os.PathLike[str], dit: DiT) -> LoRANetwork:
-        """`read` for a DiT that is there."""
-        return LoRANetwork.read(path, dit.arch)
+    def read(path: str | os.PathLike[str], arch: DiTArch) -> AdapterNetwork:
+        """A file in any LoRA format as a network of frozen float32 adapters on the CPU, not attached.
 
-    @staticmethod
-    def read(path: str | os.PathLike[str], arch: DiTArch) -> LoRANetwork:
-        """A file in any LoRA format as a network with the file's ranks and alphas, in float32, not attached.
-
-        A file's LoHas and LoKrs act and merge as well, and are not trained or saved.
-
-        Raises `HyimgError` for what `read_lora` refuses, for weights that are not finite, and for a LoRA of a
-        model of another size.
+        Raises `HyimgError` for what `read_lora` refuses, and for a LoRA of a model of another size.
         """
-        state = read_lora(path, lycoris=True)
-        require_finite(path, state)
-        others = lycoris_adapters(linear_modules(arch), state)
-        taken = tuple(f"{module.lora_name}." for module, _ in others)
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(taken)}
-        plan = plan_from_state(linear_modules(arch), state)
-        network = LoRANetwork(plan) if any(module.rank for module in plan) else None
-        if network is not None and (problem := network.misfit(state)):
-            raise HyimgError(f"`{path}` does not fit the model: {problem}")
-        for module, adapter in others:
-            if adapter.shape != (module.out_features, module.in_features):
-                raise HyimgError(
-                    f"`{path}` does not fit the model: `{module.name}` has the shape {list(adapter.shape)} where "
-                    f"it needs {[module.out_features, module.in_features]}"
-                )
-        if network is None and (state or not others):
-            raise HyimgError(f"`{path}` does not fit the model: none of its modules is in the model")
-        if network is not None:
-            network.load_state(state)
-        return network.joined(others) if network is not None else LoRANetwork.of(others)
-
-    @staticmethod
-    def of(adapters: Sequence[tuple[ModulePlan, Adapter]]) -> LoRANetwork:
-        """A network of adapters that are there already, in model order, of any kinds."""
-        network = LoRANetwork.__new__(LoRANetwork)
+        read = dict(read_adapters(path))
+        known = {module.name: module for module in linear_modules(arch)}
+        if strange := [f"`{name}`" for name in read if name not in known]:
+            which = f"{first_few(strange)} {'is' if len(strange) == 1 else 'are'} not in the model"
+            if len(strange) == len(read):
+                which = f"none of its modules is in the model: {first_few(strange)}"
+            raise HyimgError(f"`{path}` does not fit the model: {which}")
+        network = AdapterNetwork.__new__(AdapterNetwork)
         nn.Module.__init__(network)
-        network.plan = tuple(module for module, _ in adapters)
-        for module, lora in adapters:
-            network.add_module(module.lora_name, lora)
+        plan = []
+        for name, module in known.items():
+            if (adapter := read.get(name)) is None:
+                continue
+            shape, needed = ([side.out_features, side.in_features] for side in (adapter, module))
+            if shape != needed:
+                raise HyimgError(
+                    f"`{path}` does not fit the model: the update of `{name}` has the shape {shape}, not {needed}"
+                )
+            plan.append(
+                ModulePlan(name, module.in_features, module.out_features, adapter.rank, adapter.alpha)
+            )
+            network.add_module(plan[-1].lora_name, adapter)
+        network.plan = tuple(plan)
         return network
 
-    def joined(self, others: Sequence[tuple[ModulePlan, Adapter]]) -> LoRANetwork:
-        """This network's adapters and others, of other modules."""
-        return LoRANetwork.of([*self.adapters(), *others]) if others else self
-
     def adapters(self) -> Iterator[tuple[ModulePlan, Adapter]]:
-        """Every adapter with its plan, in model order."""
+        """Each adapter with its plan, in model order."""
         for module, lora in zip(self.plan, self.children(), strict=True):
             assert isinstance(lora, Adapter)
             yield module, lora
 
     def keep(self, wanted: Callable[[str], bool]) -> None:
-        """Drops the adapters whose module (`double_blocks.0.img_attn_qkv`) is not `wanted`; none is attached."""
+        """Drops the adapters whose module (`double_blocks.0.img_attn_qkv`) is not `wanted`; not while attached."""
         for module in self.plan:
             if not wanted(module.name):
                 delattr(self, module.lora_name)
         self.plan = tuple(module for module in self.plan if wanted(module.name))
 
     def attach(self, dit: DiT) -> None:
-        """Lets the adapters act on a DiT, after those that act already. Devices are the caller's business.
+        """Appends the adapters to the DiT's Linears. The caller takes care of devices.
 
-        A DoRA takes the lengths of the DiT's rows, and scales what acted before it as if it were the base's; so it does
-        where networks are merged.
+        A DoRA takes the norms of the DiT's rows, and scales the updates of adapters before it as if they were the
+        base's, as in merging.
         """
         for module, lora in self.adapters():
             linear = _linear(dit, module.name)
-            assert lora not in linear.adapters, f"{module.name} is attached already"
+            assert lora not in linear.adapters, f"{module.name} is already attached"
             lora.attached(linear)
             linear.adapters = (*linear.adapters, lora)
 
     def detach(self, dit: DiT) -> None:
-        """Takes the adapters off again; those of other networks stay."""
+        """Removes the adapters from the DiT; those of other networks stay."""
         for module, lora in self.adapters():
             linear = _linear(dit, module.name)
             linear.adapters = tuple(adapter for adapter in linear.adapters if adapter is not lora)
@@ -157,8 +140,8 @@ class LoRANetwork(nn.Module):
             lora.multiplier = multiplier
 
     @contextmanager
-    def silenced(self) -> Iterator[None]:
-        """A block in which the model is the base, bit for bit."""
+    def disabled(self) -> Iterator[None]:
+        """A context in which the model is the base, bit for bit."""
         before = [lora.multiplier for _, lora in self.adapters()]
         self.set_multiplier(0)
         try:
@@ -168,16 +151,15 @@ class LoRANetwork(nn.Module):
                 lora.multiplier = multiplier
 
     def set_dropout(self, rates: DropoutRates) -> None:
-        """Gives every adapter dropout of these rates, which acts while there is a key."""
+        """Gives every adapter dropout of these rates; it is active while there is a key."""
         for module, lora in self.adapters():
             lora.dropout = Dropout(rates, module.name) if rates.any else None
 
     def set_dropout_key(self, *key: object, num_images: int = 1) -> None:
-        """What the masks follow from: (seed, step, micro-batch), or None to drop nothing.
+        """Sets what the masks depend on: (seed, step, micro-batch), or None for no dropout.
 
-        `num_images` is the size of the micro-batch, whose images have rows of their own in a rank's mask.
-        `micro_batch` counts the batches of a step over all processes. The key must stay until the backward
-        pass is over, since gradient checkpointing draws the masks again there.
+        The micro-batch is its number in the step over all processes; it has `num_images` images, each with its own
+        rank mask. Keep the key until the backward pass is over, since gradient checkpointing draws the masks again.
         """
         for _, lora in self.adapters():
             if lora.dropout is not None:
@@ -185,9 +167,9 @@ class LoRANetwork(nn.Module):
                 lora.dropout.num_images = num_images
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors under the reference tool's names, ready for `save_lora`.
+        """The tensors under the reference tool's names, ready for `save_lora`.
 
-        The weights are not copied, except those of a split adapter, which a file holds joined.
+        The weights are not copied, except those of a split adapter, which a file stores joined.
         """
         return {
             f"{module.lora_name}.{end}": tensor
@@ -197,32 +179,34 @@ class LoRANetwork(nn.Module):
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copies a state of the reference tool's names into the adapters, alpha too where it is there.
+        """Copies a state with the reference tool's names into the adapters, alpha too if the state has it.
 
-        Raises `HyimgError` where names or shapes are not this network's; nothing is changed then.
+        Raises `HyimgError`, and changes nothing, if names or shapes are not this network's.
         """
-        if problem := self.misfit(state):
+        if problem := self.mismatch(state):
             raise HyimgError(
                 f"the LoRA weights do not fit the network: {problem}",
-                hint="give the `--network_dim`, patterns and `--network_args` that they were trained with",
+                hint="use the `--network_dim`, patterns and `--network_args` that they were trained with",
             )
         for module, lora in self.adapters():
             lora.load_tensors(_of_module(module, lora, state))
 
-    def misfit(self, state: Mapping[str, Tensor]) -> str | None:
-        """What of a state is not this network's, as the end of a sentence, or None where it fits."""
+    def mismatch(self, state: Mapping[str, Tensor]) -> str | None:
+        """How a state differs from this network's, as the end of a sentence; None if it fits."""
         own = self.state()
         missing = [name for name in own if name not in state and not name.endswith(".alpha")]
         surplus = [name for name in state if name not in own]
-        for names, what in ((surplus, "is of no module of it"), (missing, "is missing")):
+        for names, what, several in (
+            (surplus, "belongs to none of its modules", "belong to none of its modules"),
+            (missing, "is missing", "are missing"),
+        ):
             if names:
-                others = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
-                return f"`{names[0]}` {what}{others}"
+                return f"{first_few([f'`{name}`' for name in names])} {what if len(names) == 1 else several}"
         for name, tensor in own.items():
             if name in state and state[name].shape != tensor.shape:
-                return f"`{name}` has the shape {list(state[name].shape)} where it needs {list(tensor.shape)}"
+                return f"`{name}` has the shape {list(state[name].shape)}, not {list(tensor.shape)}"
         for module, lora in self.adapters():
-            if problem := lora.misfit(_of_module(module, lora, state)):
+            if problem := lora.mismatch(_of_module(module, lora, state)):
                 return f"`{module.lora_name}` {problem}"
         return None
 
@@ -231,11 +215,11 @@ class LoRANetwork(nn.Module):
         return [group.options() for group in self.rate_groups(learning_rate, loraplus_lr_ratio)]
 
     def rate_groups(self, learning_rate: float, loraplus_lr_ratio: float = 1.0) -> list[RateGroup]:
-        """The parameters by rate and role; the groups of the run's own rate come first, else all in model order.
+        """The parameters by rate and role: groups with the run's rate first, otherwise in model order.
 
-        A module without a rate of its own has `learning_rate`; one with the rate 0 is frozen and in none. Up
-        matrices get `loraplus_lr_ratio` times the rate, in a group of their own unless it is 1. Magnitudes
-        have one too, since weight decay would draw rows towards 0, where the base's are not.
+        A module without its own rate has `learning_rate`; one with the rate 0 is frozen and in no group. Up
+        matrices get `loraplus_lr_ratio` times the rate, in a separate group unless that is 1. Magnitudes are in a
+        separate group too, since weight decay would pull row norms to 0 instead of to the base's.
         """
         found: dict[tuple[float, str], RateGroup] = {}
         for module, lora in self.adapters():
@@ -244,7 +228,7 @@ class LoRANetwork(nn.Module):
                 continue
             for kind, parameters in lora.roles():
                 lr = rate * loraplus_lr_ratio if kind == "up" else rate
-                # down and up are told apart where their rates are
+                # down and up share a group if they share a rate
                 role = "" if kind in ("down", "up") and loraplus_lr_ratio == 1 else kind
                 group = found.setdefault((rate, role), RateGroup(lr, role, []))
                 group.parameters.extend(parameters)
@@ -260,13 +244,13 @@ class RateGroup:
     parameters: list[nn.Parameter]
 
     def options(self) -> dict[str, Any]:
-        """The group as optimisers take it."""
+        """The group in the form that optimisers take."""
         options: dict[str, Any] = {"params": self.parameters, "lr": self.lr}
         return {**options, "weight_decay": 0.0} if self.role == "magnitude" else options
 
 
 def _of_module(module: ModulePlan, lora: Adapter, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a state holds of one adapter, by the ends of the names."""
+    """One adapter's tensors in a state, by the ends of their names."""
     names = {end: f"{module.lora_name}.{end}" for end in lora.tensors()}
     return {end: state[name] for end, name in names.items() if name in state}
 
@@ -275,3 +259,37 @@ def _linear(dit: DiT, name: str) -> Linear:
     linear = dit.get_submodule(name)
     assert isinstance(linear, Linear), name
     return linear
+
+
+@dataclass(frozen=True)
+class NormReport:
+    """The result of `limit_norms`: norms of alpha/rank * up @ down after it, over the modules."""
+
+    num_scaled: int
+    mean: float
+    largest: float
+
+    def metrics(self) -> dict[str, float]:
+        """Under the reference tool's names."""
+        return {
+            "max_norm/keys_scaled": self.num_scaled,
+            "max_norm/max_key_norm": self.largest,
+            "norm/avg_key_norm": self.mean,
+        }
+
+
+@torch.no_grad()
+def limit_norms(network: AdapterNetwork, max_norm: float) -> NormReport:
+    """Scales every update whose Frobenius norm exceeds `max_norm` down to it, equally in down and up.
+
+    Modules with the learning rate 0 are not changed. As in the reference tool, but synchronising with the device once.
+    """
+    adapters = [lora for module, lora in network.adapters() if module.learning_rate != 0]
+    norms = torch.stack([lora.update_norm() for lora in adapters]).tolist()
+    num_scaled = 0
+    for number, (lora, norm) in enumerate(zip(adapters, norms, strict=True)):
+        if norm > max_norm:
+            lora.shrink(max_norm / norm)
+            norms[number] = max_norm
+            num_scaled += 1
+    return NormReport(num_scaled, sum(norms) / len(norms), max(norms))

@@ -7,18 +7,28 @@ the reference tool's guide says (its code takes the first).
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from hyimg.errors import HyimgError, nearest
-from hyimg.lora.formats import lora_name
+from hyimg.lora.files.formats import lora_name
 
-Kind = Literal["rank", "learning rate"]
+PatternKind = Literal["rank", "learning rate"]
 Rule = tuple[re.Pattern[str], float]
 """A pattern and its number; a rank is a whole number."""
+
+MOST_SECONDS = 5.0
+"""For finding a pattern in one name; the usual ones take microseconds."""
+
+# An escape, a class, or a brace that begins no repetition
+_BEYOND_RE = re.compile(r"(\\.)|(\[\^?\]?(?:\\.|[^\]\\])*\])|\{(?!\d*(?:,\d*)?\})", re.DOTALL)
+_COUNT = re.compile(r"\{(\d{1,9})")
+_MOST_REPETITIONS = 10_000  # which the engine writes out
+_ESCAPE_OR_BRACKET = re.compile(r"(\\.)|\[", re.DOTALL)
 
 OPTION = {"rank": "network_reg_dims", "learning rate": "network_reg_lrs"}
 
@@ -33,7 +43,7 @@ class Matches:
     """For each rule how many modules it matches, overruled or not."""
 
 
-def parse_patterns(text: str, kind: Kind) -> list[Rule]:
+def parse_patterns(text: str, kind: PatternKind) -> list[Rule]:
     """The rules of a `network_reg_dims` ("rank") or `network_reg_lrs` ("learning rate") text.
 
     A comma inside braces, brackets or parentheses belongs to the pattern, and the number follows the last
@@ -59,8 +69,9 @@ def compile_pattern(pattern: str, option: str) -> re.Pattern[str]:
     """A pattern compiled; raises HyimgError, naming the option, for one that is no valid expression."""
     try:
         return re.compile(pattern)
-    except re.error as error:
-        raise HyimgError(f"`{pattern}` in `{option}` is not a valid regular expression: {error}") from error
+    except (re.error, RecursionError, OverflowError) as error:
+        reason = str(error) if isinstance(error, re.error) else "it is nested too deeply or repeats too often"
+        raise HyimgError(f"`{pattern}` in `{option}` is not a valid regular expression: {reason}") from error
 
 
 def match(modules: Sequence[str], rules: Sequence[Rule]) -> Matches:
@@ -76,11 +87,46 @@ def match(modules: Sequence[str], rules: Sequence[Rule]) -> Matches:
 
 
 def matches(pattern: re.Pattern[str], module: str) -> bool:
-    """Whether a pattern is found in a module's LoRA name or in its dotted name."""
-    return bool(pattern.search(lora_name(module)) or pattern.search(module))
+    """Whether a pattern is found in a module's LoRA name or in its dotted name; raises as `is_found`."""
+    return is_found(pattern.pattern, lora_name(module)) or is_found(pattern.pattern, module)
 
 
-def unmatched(modules: Sequence[str], rules: Sequence[Rule], kind: Kind) -> list[str]:
+def is_found(pattern: str, name: str) -> bool:
+    """Whether `re.search` finds a pattern in a name.
+
+    The patterns of a file of somebody else's may be written so that `re` never ends; another engine that has a limit
+    takes its place. Raises `re.error` for an invalid pattern, HyimgError for one that takes over `MOST_SECONDS`.
+    """
+    re.compile(pattern)
+    if math.prod(max(1, int(count)) for count in _COUNT.findall(pattern)) > _MOST_REPETITIONS:
+        raise HyimgError(f"the regular expression `{pattern}` repeats a part over {_MOST_REPETITIONS} times")
+    try:
+        return _engine(pattern).search(name, timeout=MOST_SECONDS) is not None
+    except TimeoutError:
+        raise HyimgError(
+            f"the regular expression `{pattern}` takes more than {MOST_SECONDS:g} s for the name `{name}`",
+            hint="write it without repetitions in repetitions, such as `(a+)+`",
+        ) from None
+
+
+@functools.lru_cache
+def _engine(pattern: str) -> Any:
+    """A pattern that `re` has compiled, for the `regex` library: its syntax beyond that of `re` is literal."""
+    import regex
+
+    return regex.compile(_BEYOND_RE.sub(_literally, pattern))
+
+
+def _literally(match: re.Match[str]) -> str:
+    """In a class `[` is a character (else `[[:alpha:]]`), and so is `{` that begins no repetition (else `a{e}`)."""
+    escape, character_class = match.groups()
+    if character_class is None:
+        return escape or r"\{"
+    inner = _ESCAPE_OR_BRACKET.sub(lambda found: found[1] or r"\[", character_class[1:])
+    return f"[{inner}"
+
+
+def unmatched(modules: Sequence[str], rules: Sequence[Rule], kind: PatternKind) -> list[str]:
     """One sentence for each pattern that matches no module, with the nearest names."""
     counts = match(modules, rules).counts
     return [
@@ -97,6 +143,7 @@ _CLOSING = {"(": ")", "{": "}"}
 def _split_pairs(text: str) -> list[str]:
     """Splits at the commas that stand outside brackets, in the way a regular expression reads brackets."""
     pairs, start, position = [], 0, 0
+    last = {opening: text.rfind(closing) for opening, closing in _CLOSING.items()}
     open_brackets: list[str] = []
     while position < len(text):
         character = text[position]
@@ -110,7 +157,7 @@ def _split_pairs(text: str) -> list[str]:
             # a first `]`, after an optional `^`, is literal
             position += 1 if text[position + 1 : position + 2] == "^" else 0
             position += 1 if text[position + 1 : position + 2] == "]" else 0
-        elif character in _CLOSING and _CLOSING[character] in text[position:]:
+        elif last.get(character, -1) > position:
             open_brackets.append(_CLOSING[character])
         elif open_brackets and character == open_brackets[-1]:
             open_brackets.pop()
@@ -122,7 +169,7 @@ def _split_pairs(text: str) -> list[str]:
     return [pair.strip() for pair in pairs if pair.strip()]
 
 
-def _number(text: str, pair: str, kind: Kind) -> float:
+def _number(text: str, pair: str, kind: PatternKind) -> float:
     try:
         value: float = int(text) if kind == "rank" else float(text)
     except ValueError:

@@ -1,7 +1,7 @@
-"""Host memory that streamed weights live in: page-locked where a GPU copies from it.
+"""Host memory for streamed weights, page-locked for a GPU.
 
-Not torch's `pin_memory=True`: that allocator rounds every buffer up to a power of two, which at the size of a
-block wastes up to half of it. Here pages are taken from the system and registered with the driver.
+Not torch's `pin_memory=True`, whose allocator rounds every buffer up to a power of two and so wastes up to half. Here
+pages are allocated by the system and registered with the driver.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 UNLOCKED_WARNING = (
-    "the driver would not lock host memory (WSL and Windows allow about half of it, and some must be free), so that "
-    "copies to and from the GPU are slow and do not overlap; `--fp8_scaled` or fewer `--blocks_to_swap` need less"
+    "the driver refused to lock host memory (WSL and Windows allow about half of it, if it is free), so copies to and "
+    "from the GPU are slow and do not overlap; `--fp8_scaled` or a lower `--blocks_to_swap` need less"
 )
 
-# Every device may copy from it, not only the one that is current
+# cudaHostRegisterPortable: every device may copy from it
 _PORTABLE = 1
 
 # Enough for every kernel's alignment, and for the widest dtype
@@ -29,7 +29,7 @@ _ALIGNMENT = 512
 
 @dataclass(frozen=True)
 class Field:
-    """Where a tensor stands in a buffer: `start` in bytes."""
+    """A tensor's place in a buffer; `start` in bytes."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -37,19 +37,18 @@ class Field:
     num_bytes: int
 
     def view(self, buffer: Tensor) -> Tensor:
-        """The tensor in a buffer (uint8) of this layout."""
+        """The tensor as a view of a buffer (uint8)."""
         return buffer[self.start : self.start + self.num_bytes].view(self.dtype).view(self.shape)
 
 
 class HostBuffer:
-    """Tensors of any dtypes in one piece of host memory, which is copied as a whole.
+    """Tensors of any dtypes in one contiguous piece of host memory, to be copied at once.
 
-    `locked` says whether its pages are locked, which `lock` asks for and the system may refuse; for the CUDA
-    device that is current.
+    `lock` asks the system to page-lock it for the current CUDA device, which it may refuse; `locked` is the result.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], *, lock: bool) -> None:
-        """Copies the tensors in, one after another. Parameters move in: their own memory goes as this one comes."""
+        """Copies tensors one by one; parameters become views of the buffer, which frees their old memory."""
         self.fields: dict[str, Field] = {}
         end = 0
         for name, tensor in tensors.items():
@@ -61,18 +60,18 @@ class HostBuffer:
             view.copy_(tensor.detach())
             if isinstance(tensor, nn.Parameter):
                 tensor.data = view
-        # Last, since a page that is locked is there, used or not
+        # Last: locking allocates every page
         self.locked = lock and self._lock()
 
     def _take_pages(self, num_bytes: int) -> None:
-        # Shared pages, which is Python's default: of private ones that a driver has locked, Linux makes a copy
-        # for every process that is forked (data loader workers), all of them at once
+        # Shared pages, Python's default: Linux copies private locked pages for every forked process (data loader
+        # workers), all at once
         self._pages = mmap.mmap(-1, max(num_bytes, 1))
         self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8, count=max(num_bytes, 1))[:num_bytes]
 
     @staticmethod
     def empty(num_bytes: int, *, lock: bool) -> HostBuffer:
-        """A buffer of that size whose contents are still to come."""
+        """An uninitialised buffer."""
         buffer = HostBuffer({}, lock=False)
         buffer._take_pages(num_bytes)
         buffer.locked = lock and buffer._lock()
@@ -88,19 +87,19 @@ class HostBuffer:
         if int(runtime.cudaHostRegister(address, self.bytes.nbytes, _PORTABLE)) != 0:
             _forget_last_cuda_error()
             return False
-        # Holds the pages, so that they are not given back while the driver has them
+        # Keeps the pages alive while the driver uses them
         weakref.finalize(self, _unlock, torch.cuda.current_device(), address, self._pages)
         return True
 
 
 def _unlock(device: int, address: int, pages: mmap.mmap) -> None:
-    # after an error on the device, which has been told, there is nothing to wait for
+    # after an error on the device, which was already reported, there is nothing to wait for
     with contextlib.suppress(RuntimeError):
-        torch.cuda.synchronize(device)  # the last copy ahead may still be under way
+        torch.cuda.synchronize(device)  # the last prefetch may still be running
         torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
 def _forget_last_cuda_error() -> None:
-    """The driver tells the refusal once more to the next launch, which has nothing to do with it."""
+    """Clears the error, which CUDA would report again at the next, unrelated launch."""
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")

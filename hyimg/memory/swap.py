@@ -1,18 +1,16 @@
-"""Block streaming on a DiT: blocks whose weights live in host memory and pass through a ring of device buffers.
+"""Block streaming: `--blocks_to_swap` keeps weights of blocks in host memory and copies them as they are needed.
 
-Only the weights of Linears are streamed (with fp8 their scales too): all but a thousandth of a block. Biases,
-norms and adapters stay on the device. Outside of a run a streamed parameter is its host copy, so that what
-reads or writes the model's parameters sees the only ones there are; while a block runs, its parameters are
-views of a slot.
+The copies go to a ring of device buffers (slots). Only the weights of Linears, and with fp8 their scales, are
+streamed: all but a thousandth of a block. Biases, norms and adapters stay on the device. While a block runs, its
+parameters are views of a slot; otherwise they are the host copy, so that code which reads or writes the model's
+parameters sees the only copy there is.
 
-Weights are wanted a second time in the backward pass. Under checkpointing a block is run again there, which
-asks for its unit, and the slot holds it until the next block is run. Otherwise autograd would keep views of a
-slot that is filled anew; what is saved instead is which unit and which part of it, and the backward pass
-asks the streamer for that.
+The backward pass needs the weights again. With checkpointing a block is run again there, which acquires its unit.
+Without, autograd would keep views of a slot that has been refilled since, so it saves which part of which unit
+it needs, and unpacking acquires that unit.
 
 A slot is never read after it was refilled: blocks run one after another, and autograd runs the nodes of a later
-block, whose sequence numbers are higher, before those of an earlier one; so when a unit is asked for, nothing
-is left to do with the unit before.
+block before those of an earlier one, so when a unit is acquired, nothing still uses the unit before.
 """
 
 from __future__ import annotations
@@ -26,17 +24,55 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from hyimg.memory.copy_engine import CopyEngine, CudaCopyEngine, SynchronousCopyEngine
+from hyimg.checkpoints.architecture import DiTArch
+from hyimg.errors import HyimgError
 from hyimg.memory.host_memory import HostBuffer
-from hyimg.memory.streaming import Phase, Streamer
-from hyimg.memory.swap_plan import SwapPlan
+from hyimg.memory.streaming import CopyEngine, CudaCopyEngine, Phase, Streamer, SynchronousCopyEngine
 from hyimg.model.dit import DiT, RunBlock
 from hyimg.model.layers import Linear
+
+# As in the reference tool, so many blocks of each kind stay on the device
+_RESIDENT = 2
 
 NUM_SLOTS = 2
 """One unit computes while the next one arrives."""
 
-# A module, the name of its parameter, and what is there while a block runs
+# The names of the blocks that are copied together: (`double_blocks.3`,) or (`single_blocks.8`, `single_blocks.9`)
+Unit = tuple[str, ...]
+
+
+def streamed_units(arch: DiTArch, blocks_to_swap: int) -> list[Unit]:
+    """The units of `--blocks_to_swap N`, in the order of the forward pass.
+
+    The reference tool's split: N//2 double blocks and 2*(N - N//2) single blocks. Two neighbouring single blocks
+    are nearly as large as a double block and form one unit, so that a ring of equal buffers wastes little. Units
+    are spread evenly over the depth: the resident blocks between them give the next copy time.
+
+    Raises HyimgError if N is more than the model's depth allows.
+    """
+    most = max_blocks_to_swap(arch)
+    if blocks_to_swap > most:
+        raise HyimgError(
+            f"`--blocks_to_swap` {blocks_to_swap} is more than this model's {most}: of its {arch.num_double} "
+            f"double and {arch.num_single} single blocks two of each stay on the device",
+            hint=f"give at most {most}",
+        )
+    num_doubles = blocks_to_swap // 2
+    num_pairs = blocks_to_swap - num_doubles
+    doubles = [(f"double_blocks.{i * arch.num_double // num_doubles}",) for i in range(num_doubles)]
+    starts = [2 * (i * (arch.num_single // 2) // num_pairs) for i in range(num_pairs)]
+    return [*doubles, *((f"single_blocks.{i}", f"single_blocks.{i + 1}") for i in starts)]
+
+
+def max_blocks_to_swap(arch: DiTArch) -> int:
+    """The largest `--blocks_to_swap` that leaves two double and two single blocks on the device: 37 for 2.1."""
+    most_doubles = arch.num_double - _RESIDENT
+    most_pairs = (arch.num_single - _RESIDENT) // 2
+    # N//2 doubles bound N from above by 2 * most_doubles + 1, N - N//2 pairs by 2 * most_pairs
+    return max(0, min(2 * most_doubles + 1, 2 * most_pairs))
+
+
+# A module, the name of its parameter, and the parameter that it has while a block runs
 _Lent = tuple[nn.Module, str, nn.Parameter]
 
 # (slots, units) -> the engine that copies between them
@@ -55,56 +91,50 @@ class _SlotView:
 
 
 class BlockSwap:
-    """Streams the units of a plan through slots on `device`; `run` is a way to run the model's blocks.
+    """Streams the units through slots on `device`; `run` runs the model's blocks.
 
-    The streamed weights of the DiT must be in host memory; they are moved into page-locked buffers, unit by
-    unit, and the model's parameters become views of those. `checkpointing` says that `run` is called inside
-    of a checkpoint, and then `around_checkpoint` must be around that.
+    The streamed weights of the DiT must be in host memory. They are moved into page-locked buffers, one for each
+    unit, and the model's parameters become views of those. With `checkpointing`, `run` must be called inside a
+    checkpoint, and `around_checkpoint` must wrap that.
     """
 
     def __init__(
         self,
         dit: DiT,
-        plan: SwapPlan,
+        units: Sequence[Unit],
         device: torch.device,
         *,
         checkpointing: bool = False,
         num_slots: int = NUM_SLOTS,
         make_engine: MakeEngine | None = None,
     ) -> None:
-        assert plan.units
+        assert units
         self.device = device
         self.checkpointing = checkpointing
-        self._unit_of: dict[nn.Module, int] = {}
-        self.buffers: list[HostBuffer] = []
-        self._parameters: list[list[nn.Parameter]] = []
-        names_of: dict[nn.Module, str] = {}
-        is_cuda = device.type == "cuda"
-        for number, names in enumerate(plan.units):
-            blocks = {name: dit.get_submodule(name) for name in names}
-            parameters = {
-                f"{name}.{leaf}": block.get_parameter(leaf)
-                for name, block in blocks.items()
-                for leaf in streamed_parameters(block)
+        self._unit_of = {dit.get_submodule(name): unit for unit, names in enumerate(units) for name in names}
+        self._parameters = [
+            {
+                f"{name}.{leaf}": dit.get_parameter(f"{name}.{leaf}")
+                for name in names
+                for leaf in streamed_parameters(dit.get_submodule(name))
             }
-            with torch.cuda.device(device) if is_cuda else contextlib.nullcontext():
-                self.buffers.append(HostBuffer(parameters, lock=is_cuda))
-            self._parameters.append(list(parameters.values()))
-            for name, block in blocks.items():
-                self._unit_of[block], names_of[block] = number, name
-        self._versions = [self._version(number) for number in range(len(plan.units))]
-        units = [buffer.bytes for buffer in self.buffers]
-        largest = max(len(unit) for unit in units)
+            for names in units
+        ]
+        is_cuda = device.type == "cuda"
+        with torch.cuda.device(device) if is_cuda else contextlib.nullcontext():
+            self.buffers = [HostBuffer(parameters, lock=is_cuda) for parameters in self._parameters]
+        self._versions = [self._version(unit) for unit in range(len(units))]
+        num_bytes = max(len(buffer.bytes) for buffer in self.buffers)
         num_slots = min(num_slots, len(units))
-        self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(num_slots)]
+        self.slots = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(num_slots)]
         make_engine = make_engine or (CudaCopyEngine if is_cuda else SynchronousCopyEngine)
-        self.engine = make_engine(self.slots, units)
+        self.engine = make_engine(self.slots, [buffer.bytes for buffer in self.buffers])
         self.streamer = Streamer(len(units), num_slots, self.engine)
-        self._slot_at = {slot.untyped_storage().data_ptr(): number for number, slot in enumerate(self.slots)}
         self._lent = {
-            (block, slot): self._lend(block, names_of[block], buffer)
-            for block in self._unit_of
-            for slot, buffer in enumerate(self.slots)
+            (dit.get_submodule(name), slot): self._lend(dit, name, unit, slot)
+            for unit, names in enumerate(units)
+            for name in names
+            for slot in range(num_slots)
         }
         self._in_forward_pass = False
 
@@ -122,7 +152,7 @@ class BlockSwap:
         return sum(slot.nbytes for slot in self.slots)
 
     def run(self, block: nn.Module, *args: Any) -> Any:
-        """Calls a block, its weights in a slot where it is a streamed one."""
+        """Calls a block; the weights of a streamed block are then in a slot."""
         unit = self._unit_of.get(block)
         if unit is None:
             return block(*args)
@@ -131,12 +161,12 @@ class BlockSwap:
         if self.checkpointing:
             phase = Phase.FORWARD_WITH_GRADIENT if self._in_forward_pass else Phase.BACKWARD
             return self._call(block, unit, phase, args)
-        # Not inside of a checkpoint: there these hooks would hide the block's activations from it
+        # Not inside a checkpoint, from which these hooks would hide the block's activations
         with saved_tensors_hooks(self._pack, self._unpack):
             return self._call(block, unit, Phase.FORWARD_WITH_GRADIENT, args)
 
     def around_checkpoint(self, run: RunBlock) -> RunBlock:
-        """`run`, which checkpoints: what it runs before it returns is the forward pass, and what later the way back."""
+        """Wraps a `run` that checkpoints: blocks that run before it returns run in the forward pass."""
 
         def run_in_forward_pass(block: nn.Module, *args: Any) -> Any:
             with self._forward_pass():
@@ -161,21 +191,21 @@ class BlockSwap:
         finally:
             _set_parameters(own)
 
-    def _lend(self, block: nn.Module, name: str, slot: Tensor) -> list[_Lent]:
+    def _lend(self, dit: DiT, block: str, unit: int, slot: int) -> list[_Lent]:
         """The streamed parameters of a block as views of a slot.
 
-        Parameters too, of the same dtypes and shapes: to the compiler a block is as it was.
+        They are parameters of the same dtypes and shapes, so that the compiler sees no difference.
         """
-        fields = self.buffers[self._unit_of[block]].fields
         lent = []
-        for path in streamed_parameters(block):
-            view = nn.Parameter(fields[f"{name}.{path}"].view(slot), requires_grad=False)
-            module, _, leaf = path.rpartition(".")
-            lent.append((block.get_submodule(module), leaf, view))
+        for path, field in self.buffers[unit].fields.items():
+            if path.startswith(f"{block}."):
+                module, _, leaf = path.rpartition(".")
+                view = nn.Parameter(field.view(self.slots[slot]), requires_grad=False)
+                lent.append((dit.get_submodule(module), leaf, view))
         return lent
 
     def _acquire(self, unit: int, phase: Phase) -> int:
-        """The slot with the unit as it is now: what was written to its parameters, a merge say, is seen."""
+        """The slot that holds the unit. Writes to its parameters since it was copied, by a merge say, are seen."""
         version = self._version(unit)
         if version != self._versions[unit]:
             self.streamer.forget(unit)
@@ -183,10 +213,12 @@ class BlockSwap:
         return self.streamer.acquire(unit, phase)
 
     def _version(self, unit: int) -> int:
-        return sum(parameter._version for parameter in self._parameters[unit])
+        return sum(parameter._version for parameter in self._parameters[unit].values())
 
     def _pack(self, tensor: Tensor) -> Tensor | _SlotView:
-        slot = self._slot_at.get(tensor.untyped_storage().data_ptr())
+        data = tensor.untyped_storage().data_ptr()
+        slots = (n for n, slot in enumerate(self.slots) if slot.untyped_storage().data_ptr() == data)
+        slot = next(slots, None)
         unit = None if slot is None else self.streamer.unit_in(slot)
         if unit is None:
             return tensor.detach()  # a node that holds its own output would never be freed
@@ -200,7 +232,7 @@ class BlockSwap:
 
 
 def streamed_parameters(block: nn.Module) -> list[str]:
-    """The names, in a block, of what is streamed of it: the weights of its Linears, and their scales."""
+    """The names of a block's streamed parameters: the weights of its Linears, and their scales."""
     return [
         f"{path}.{leaf}"
         for path, module in block.named_modules()

@@ -1,4 +1,1 @@
-"""The networks: DiT and VAE, their layers, the names that checkpoints give to weights, and loading.
-
-Nothing is imported here; `safetensors_file`, `architecture`, `keys` and `header_check` need no torch.
-"""
+"""The networks, DiT and VAE, and how they are built from a checkpoint. Nothing is imported here."""

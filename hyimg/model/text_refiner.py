@@ -1,6 +1,6 @@
-"""The token refiner: lets the text encoder's tokens see one another and the timestep before the blocks.
+"""The token refiner: the text encoder's tokens attend to one another, given the timestep, before the blocks.
 
-Module and parameter names are the checkpoint's. Its Linears take no adapters.
+Modules and parameters are named as in the checkpoint. Its Linears take no adapters.
 Shapes: B batch, T text tokens, W text width, D hidden
 """
 
@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyimg.model.architecture import DiTArch
+from hyimg.checkpoints.architecture import DiTArch
 from hyimg.model.attention import Attend, AttentionBackend, bind_lengths
 from hyimg.model.blocks import split_heads
-from hyimg.model.heads import NORM_EPS
-from hyimg.model.layers import TimestepEmbedder, gated
+from hyimg.model.kernels import gated_residual
+from hyimg.model.layers import NORM_EPS, TimestepEmbedder
 
 
 class TextProjection(nn.Module):
-    """The mean of a prompt's tokens (B, W) as a vector (B, D)."""
+    """The mean of a prompt's tokens, (B, W) to (B, D)."""
 
     def __init__(self, arch: DiTArch) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class TextProjection(nn.Module):
 
 
 class RefinerMLP(nn.Module):
-    """Feed-forward with SiLU, where the blocks have GELU."""
+    """Feed-forward, (B, T, D) to (B, T, D), with SiLU instead of the blocks' GELU."""
 
     def __init__(self, arch: DiTArch) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class RefinerMLP(nn.Module):
 
 
 class RefinerBlock(nn.Module):
-    """Self-attention and feed-forward, gated but not shifted by the conditioning."""
+    """Self-attention and feed-forward on (B, T, D), gated but not shifted by the conditioning."""
 
     def __init__(self, arch: DiTArch) -> None:
         super().__init__()
@@ -61,8 +61,8 @@ class RefinerBlock(nn.Module):
     def forward(self, x_BTD: Tensor, vec_BD: Tensor, attend: Attend) -> Tensor:
         gate1_B1D, gate2_B1D = self.adaLN_modulation(vec_BD)[:, None].chunk(2, dim=-1)
         attn_BTD = attend(*split_heads(self.self_attn_qkv(self.norm1(x_BTD)), self.heads))
-        x_BTD = gated(x_BTD, self.self_attn_proj(attn_BTD), gate1_B1D)
-        return gated(x_BTD, self.mlp(self.norm2(x_BTD)), gate2_B1D)
+        x_BTD = gated_residual(x_BTD, self.self_attn_proj(attn_BTD), gate1_B1D)
+        return gated_residual(x_BTD, self.mlp(self.norm2(x_BTD)), gate2_B1D)
 
 
 class TextRefiner(nn.Module):
@@ -80,7 +80,7 @@ class TextRefiner(nn.Module):
     def forward(
         self, text_BTW: Tensor, timestep_B: Tensor, lengths: Sequence[int], attention: AttentionBackend
     ) -> Tensor:
-        """`lengths` are the numbers of real tokens, which come first in each row."""
+        """`lengths` are the numbers of real tokens, which come first in each row; `timestep_B` is sigma * 1000."""
         mean_BW = torch.stack([text_TW[:n].mean(dim=0) for text_TW, n in zip(text_BTW, lengths, strict=True)])
         vec_BD = self.t_embedder(timestep_B, text_BTW.dtype) + self.c_embedder(mean_BW)
         attend = bind_lengths(attention, lengths, text_BTW.shape[1])

@@ -1,8 +1,7 @@
 """The VAE of HunyuanImage-2.1: images to latents of 1/32 their size, and back.
 
-Between levels a convolution changes width and size in one step, moving pixels into channels or out of them,
-beside a shortcut without weights that averages or repeats channels.
-Module and parameter names are the original checkpoint's.
+Between levels a convolution changes width and size in one step, by moving pixels to channels or back, in parallel
+with a shortcut that averages or repeats channels. Modules and parameters are named as in the original checkpoint.
 Shapes: B batch, C channels, H W image, feature or latent size
 """
 
@@ -18,31 +17,30 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
+from hyimg.checkpoints.architecture import NUM_GROUPS, SPATIAL_FACTOR, VAEArch
 from hyimg.errors import HyimgError
-from hyimg.model.architecture import NUM_GROUPS, SPATIAL_FACTOR, VAEArch
 from hyimg.model.vae_tiling import GroupNorm, Layer, modules_of, run_in_tiles
 
-# The latents that the DiT sees are the VAE's times this (official `config.json` of the VAE)
+# Factor from the VAE's latents to the DiT's (official `config.json` of the VAE)
 SCALING_FACTOR = 0.75289
 
-# Stages that are run in tiles: those whose blocks work at the image's size, a half and a quarter of it. What is
-# farther in takes little
+# Stages that run in tiles: those at the image's size, a half and a quarter of it. Inner ones need little memory
 _NUM_TILED = 3
 
-# (r1 r2 c): where a 2x2 square of pixels goes among the channels
+# (r1 r2 c): the order of a 2x2 square of pixels among the channels
 _PIXELS_TO_CHANNELS = "b c (h r1) (w r2) -> b (r1 r2 c) h w"
 _CHANNELS_TO_PIXELS = "b (r1 r2 c) h w -> b c (h r1) (w r2)"
 
 
 class Posterior(NamedTuple):
-    """Mean and standard deviation of an image's latent, float32, both scaled by `SCALING_FACTOR`."""
+    """Mean and standard deviation of a latent, float32 (B, C, H/32, W/32), both scaled by `SCALING_FACTOR`."""
 
     mean_BCHW: Tensor
     std_BCHW: Tensor
 
 
 class VAE(nn.Module):
-    """Encoder and decoder, of any size. Computes in the weights' dtype."""
+    """Encoder and decoder, in any size. Computes in the weights' dtype."""
 
     def __init__(self, arch: VAEArch) -> None:
         super().__init__()
@@ -59,28 +57,27 @@ class VAE(nn.Module):
         return self.encoder.conv_in.weight.device
 
     def set_chunk_rows(self, chunk_rows: int | None) -> None:
-        """Runs the 3x3 convolutions in chunks of so many rows (None: whole), which bounds their workspace.
+        """Runs the 3x3 convolutions in chunks of this many rows, to limit their workspace; None: at once.
 
-        For use without gradients; equal to the whole within the rounding of the convolution's kernel.
+        Without gradients only. Results differ at most by the rounding of the convolution's kernel.
         """
         for module in self.modules():
             if isinstance(module, Conv3x3):
                 module.chunk_rows = chunk_rows
 
     def set_tile_size(self, pixels: int | None) -> None:
-        """Runs the stages near the image in tiles of so many pixels a side (None: whole).
+        """Runs the stages near the image in square tiles of this many pixels a side; None: at once.
 
-        At least 128, a multiple of 8. For use without gradients. A picture that fits in a tile gives the same
-        bits as without; a larger one is equal within rounding, and takes several times as long
-        (`hyimg.model.vae_tiling` says why).
+        At least 128 and a multiple of 8. Without gradients only. An image that fits in a tile gives the same bits; a
+        larger one is equal within rounding, and takes several times as long (see `hyimg.model.vae_tiling`).
         """
         assert pixels is None or (pixels >= 128 and pixels % 8 == 0)
         self.encoder.tile_size = self.decoder.tile_size = pixels
 
     def encode_moments(self, image_BCHW: Tensor) -> Tensor:
-        """The encoder's own output: mean and log variance side by side, unscaled, (B, 2*C, H/32, W/32).
+        """The encoder's output, unscaled: mean, then log variance (B, 2*C, H/32, W/32) in the weights' dtype.
 
-        The image is RGB in -1..1, each side a multiple of 32; `HyimgError` otherwise.
+        The image (B, 3, H, W) is RGB in -1..1, any float dtype. Raises `HyimgError` unless 32 divides H and W.
         """
         height, width = image_BCHW.shape[-2:]
         if height % SPATIAL_FACTOR or width % SPATIAL_FACTOR:
@@ -89,13 +86,16 @@ class VAE(nn.Module):
         return moments_BCHW
 
     def encode(self, image_BCHW: Tensor) -> Posterior:
-        """The posterior of an image (RGB in -1..1), scaled; a training latent is mean + std * noise."""
+        """The scaled posterior of an image (B, 3, H, W), RGB in -1..1; a training latent is mean + std * noise."""
         mean_BCHW, log_variance_BCHW = self.encode_moments(image_BCHW).float().chunk(2, dim=1)
         std_BCHW = torch.exp(0.5 * log_variance_BCHW.clamp(-30.0, 20.0))
         return Posterior(mean_BCHW * SCALING_FACTOR, std_BCHW * SCALING_FACTOR)
 
     def decode(self, latent_BCHW: Tensor) -> Tensor:
-        """The image (B, 3, 32*H, 32*W) of a scaled latent: the weights' dtype, about -1..1, not clamped."""
+        """Decodes a scaled latent (B, C, H, W) to an image (B, 3, 32*H, 32*W) in the weights' dtype.
+
+        Values are about -1..1, not clamped.
+        """
         image_BCHW: Tensor = self.decoder((latent_BCHW / SCALING_FACTOR).to(self.dtype))
         return image_BCHW
 
@@ -127,7 +127,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Unscaled latent (B, C, H, W) to image (B, 3, 32*H, 32*W); one more block a level than the encoder."""
+    """Unscaled latent (B, C, H, W) to image (B, 3, 32*H, 32*W); has one more block per level than the encoder."""
 
     def __init__(self, arch: VAEArch) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Decoder(nn.Module):
         repeats = self.conv_in.out_channels // self.conv_in.in_channels
         x = self.conv_in(latent_BCHW) + repeat(latent_BCHW, "b c h w -> b (c r) h w", r=repeats)
         stages = [_layers(level) for level in self.up]
-        # A stage begins with the way up from the one before: what stands between two is smaller before it
+        # A stage starts with the upsampling from the one before, whose output is smaller
         for stage, following in pairwise(stages):
             following.insert(0, stage.pop())
         stages[-1] += [self.norm_out, F.silu, self.conv_out]
@@ -156,7 +156,7 @@ class Decoder(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two normed convolutions beside an identity; widths never change inside a level."""
+    """Two normalised convolutions and a residual; the width is constant within a level."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -166,13 +166,13 @@ class ResnetBlock(nn.Module):
         self.conv2 = conv3x3(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        # One expression, so that no intermediate result outlives its use: a picture's are gigabytes
+        # One expression, so that no intermediate result outlives its use: each may be gigabytes
         x = x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
         return x
 
 
 class MidBlock(nn.Module):
-    """The innermost level, where every position sees every other."""
+    """The innermost level, with attention between all positions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class MidBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention of one head over all positions; 1x1 convolutions, as the checkpoint stores them."""
+    """Single-head self-attention over all positions, with 1x1 convolutions as in the checkpoint."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size: pixels into channels; the shortcut averages groups of channels."""
+    """Halves the size by moving pixels to channels; the shortcut averages groups of channels."""
 
     def __init__(self, width: int, next_width: int) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size: channels into pixels; the shortcut repeats channels."""
+    """Doubles the size by moving channels to pixels; the shortcut repeats channels."""
 
     def __init__(self, width: int, next_width: int) -> None:
         super().__init__()
@@ -235,10 +235,10 @@ class Upsample(nn.Module):
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution with padding 1, in chunks of `chunk_rows` rows where that is set.
+    """A 3x3 convolution with padding 1, run in chunks of `chunk_rows` rows if that is set.
 
-    A convolution may need workspace of several times its input (a library's own choice); in chunks the
-    workspace is a chunk's. Each chunk sees one row of its neighbours, so the numbers are those of the whole.
+    The workspace of a convolution may be several times its input; chunks limit it. Each chunk includes one row of its
+    neighbours, so that the result is the same.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -269,8 +269,10 @@ def group_norm(width: int) -> GroupNorm:
 
 
 def _run_stages(stages: Iterable[tuple[int, Sequence[Layer]]], x: Tensor, tile_size: int | None) -> Tensor:
-    """Stages with their depths, one after another; at depth d the blocks' pixels are 2**d of the image's, and a
-    tile has `tile_size` of the image's a side."""
+    """Runs (depth, layers) stages in order; at depth d a pixel is 2**d image pixels wide.
+
+    `tile_size` is the side of a tile in image pixels; None runs without tiles.
+    """
     for depth, layers in stages:
         if tile_size is None or depth >= _NUM_TILED:
             for layer in layers:
@@ -282,7 +284,7 @@ def _run_stages(stages: Iterable[tuple[int, Sequence[Layer]]], x: Tensor, tile_s
 
 
 def _reach(layers: Sequence[Layer]) -> int:
-    """How many of the input's pixels away a result may look, rounded up to an even number."""
+    """The receptive radius of the layers in input pixels, rounded up to an even number."""
     reach, pixel = 0.0, 1.0
     for layer in layers:
         reach += pixel * sum(isinstance(module, Conv3x3) for module in modules_of([layer]))
@@ -292,7 +294,7 @@ def _reach(layers: Sequence[Layer]) -> int:
 
 
 def _layers(level: nn.Module) -> list[Layer]:
-    """The blocks of a level, then what leads to the next."""
+    """The blocks of a level, then the layer that changes the size."""
     return [
         layer for part in level.children() for layer in (part if isinstance(part, nn.ModuleList) else [part])
     ]

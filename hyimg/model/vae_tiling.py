@@ -1,13 +1,12 @@
-"""A stage of the VAE in overlapping tiles, with the numbers of the whole picture.
+"""Runs a stage of the VAE in overlapping tiles, with the same result as without tiles.
 
-The usual way, tiles that go through the whole VAE one by one and are blended, makes another picture: each
-tile's GroupNorms take the statistics of the tile, and its attention sees no more. Here tiles take the whole
-picture's statistics, which are gathered first: for one norm after the other, all tiles are run as far as that
-norm. Tiles overlap by as much as the stage's convolutions look aside, and of each only the core is kept, which the
-cut did not reach. So neighbours agree where they meet, nothing needs to be blended, and the result is that of the
-whole but for the rounding of the kernels.
+The usual tiling, which runs the entire VAE on each tile and blends the results, changes the image: GroupNorm uses the
+statistics of a tile, and attention sees only that tile. Here each GroupNorm uses the statistics of the full image,
+which are measured first: for one norm after the other, all tiles are run up to that norm. Tiles overlap by the
+receptive radius of the stage's convolutions, and only their cores, which the cut does not affect, are used. So the
+result needs no blending, and differs only by the rounding of the kernels.
 
-The price is time: a stage of k norms is run about k/2 + 1 times, margins included.
+This costs time: a stage with k norms is run about k/2 + 1 times, including margins.
 Shapes: B batch, C channels, H W size, G groups of channels, K channels of a group
 """
 
@@ -25,14 +24,14 @@ Layer = Callable[[Tensor], Tensor]
 
 
 class Statistics(NamedTuple):
-    """Mean and variance of a picture's groups of channels, float32 (B, G)."""
+    """Mean and variance of an image's groups of channels, float32 (B, G)."""
 
     mean_BG: Tensor
     variance_BG: Tensor
 
 
 class GroupNorm(nn.GroupNorm):
-    """A group norm that takes `statistics` from outside where its input is a tile of what they were measured on."""
+    """A group norm that uses given `statistics`, if set, for an input that is a tile."""
 
     statistics: Statistics | None = None
 
@@ -44,13 +43,13 @@ class GroupNorm(nn.GroupNorm):
         scale_BGK = torch.rsqrt(variance_BG + self.eps)[..., None] * weight_GK
         shift_BGK = self.bias.float().view(self.num_groups, -1) - mean_BG[..., None] * scale_BGK
         scale_BC11, shift_BC11 = (x.flatten(1)[..., None, None] for x in (scale_BGK, shift_BGK))
-        # float32 inside, as torch's own kernel
+        # float32 inside, like torch's kernel
         return torch.addcmul(shift_BC11, input.float(), scale_BC11).to(input.dtype)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Where a tile lies in the input (`rows`, `columns`), and its core: the part whose results are kept."""
+    """A tile's place in the input (`rows`, `columns`), and its core: the part whose results are used."""
 
     rows: slice
     columns: slice
@@ -61,12 +60,12 @@ class Tile:
         return x_BCHW[..., self.rows, self.columns]
 
     def scale_of(self, tile_BCHW: Tensor) -> float:
-        """The size of a tensor that was made of the tile, against the tile's."""
+        """The size of a tensor computed from the tile, relative to the tile."""
         width: int = self.columns.stop - self.columns.start
         return tile_BCHW.shape[-1] / width
 
     def core_of(self, tile_BCHW: Tensor) -> Tensor:
-        """The core's part of a tensor that was made of the tile."""
+        """The core of a tensor computed from the tile."""
         scale = self.scale_of(tile_BCHW)
         rows = _scaled(self.core_rows, scale, origin=self.rows.start)
         columns = _scaled(self.core_columns, scale, origin=self.columns.start)
@@ -74,10 +73,10 @@ class Tile:
 
 
 def run_in_tiles(layers: Sequence[Layer], x_BCHW: Tensor, *, side: int, margin: int) -> Tensor:
-    """`layers` one after another, applied to tiles of at most `side` x `side` values of the input.
+    """Runs `layers` in sequence on tiles of at most `side` x `side` values of the input (B, C, H, W).
 
-    `margin` is how far a result may look in the input, and even; results may be half, once or twice the input's
-    size. What fits in one tile is run whole. For use without gradients.
+    `margin`, even, is their receptive radius; the result may have half, once or twice the input's size. An input that
+    fits in one tile is run at once. Without gradients only.
     """
     height, width = x_BCHW.shape[-2:]
     if max(height, width) <= side:
@@ -94,26 +93,26 @@ def run_in_tiles(layers: Sequence[Layer], x_BCHW: Tensor, *, side: int, margin: 
 
 
 def run(layers: Sequence[Layer], x: Tensor) -> Tensor:
-    """`layers` one after another."""
+    """Runs `layers` in sequence."""
     for layer in layers:
         x = layer(x)
     return x
 
 
 def modules_of(layers: Sequence[Layer]) -> list[nn.Module]:
-    """All modules in `layers`, in the order in which they act."""
+    """All modules in `layers`, in the order in which they run."""
     return [module for layer in layers if isinstance(layer, nn.Module) for module in layer.modules()]
 
 
 def cut(height: int, width: int, *, side: int, margin: int) -> Iterator[Tile]:
-    """As few tiles as have sides of at most `side`, margins included; their cores cover each place once."""
+    """The fewest tiles with sides of at most `side`, including margins; their cores partition the input."""
     for rows, core_rows in _spans(height, side, margin):
         for columns, core_columns in _spans(width, side, margin):
             yield Tile(rows, columns, core_rows, core_columns)
 
 
 def _spans(length: int, side: int, margin: int) -> list[tuple[slice, slice]]:
-    """(tile, core) along an axis; cores are of about one length, and begin at even places as halving needs."""
+    """(tile, core) along an axis; cores have similar lengths, and start at even positions, as halving needs."""
     if length <= side:
         return [(slice(0, length), slice(0, length))]
     core = side - 2 * margin
@@ -127,30 +126,30 @@ def _spans(length: int, side: int, margin: int) -> list[tuple[slice, slice]]:
 
 
 def _assemble(layers: Sequence[Layer], x_BCHW: Tensor, tiles: Sequence[Tile]) -> Tensor:
-    whole_BCHW: Tensor | None = None
+    out_BCHW: Tensor | None = None
     for tile in tiles:
         result_BCHW = run(layers, tile.of(x_BCHW))
         scale = tile.scale_of(result_BCHW)
-        if whole_BCHW is None:
+        if out_BCHW is None:
             size = [round(length * scale) for length in x_BCHW.shape[-2:]]
-            whole_BCHW = result_BCHW.new_empty(*result_BCHW.shape[:2], *size)
+            out_BCHW = result_BCHW.new_empty(*result_BCHW.shape[:2], *size)
         place = (..., _scaled(tile.core_rows, scale), _scaled(tile.core_columns, scale))
-        whole_BCHW[place] = tile.core_of(result_BCHW)
+        out_BCHW[place] = tile.core_of(result_BCHW)
         del result_BCHW  # before the next tile needs its memory
-    assert whole_BCHW is not None
-    return whole_BCHW
+    assert out_BCHW is not None
+    return out_BCHW
 
 
 def _scaled(span: slice, scale: float, *, origin: int = 0) -> slice:
     return slice(round((span.start - origin) * scale), round((span.stop - origin) * scale))
 
 
-class _Reached(Exception):  # noqa: N818 (it ends a way, and no error is meant)
-    """Ends a tile's way at the norm that is being measured, whose input it carries."""
+class _Reached(Exception):  # noqa: N818 (control flow, not an error)
+    """Stops a tile at the norm that is being measured, and carries that norm's input."""
 
 
 def _measure(norm: GroupNorm, layers: Sequence[Layer], x_BCHW: Tensor, tiles: Sequence[Tile]) -> Statistics:
-    """The statistics of what `norm` is given, from the cores of all tiles."""
+    """The statistics of the input of `norm`, from the cores of all tiles."""
 
     def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         raise _Reached(arguments[0])
@@ -181,7 +180,7 @@ def _part(norm: GroupNorm, layers: Sequence[Layer], x_BCHW: Tensor, tile: Tile) 
 
 
 def _pooled(parts: Sequence[_Part]) -> Statistics:
-    """Statistics of the whole from those of its parts."""
+    """Combines the statistics of parts."""
     total = sum(part.num_values for part in parts)
     weights = [part.num_values / total for part in parts]
     mean_BG = torch.stack([part.mean_BG * w for part, w in zip(parts, weights, strict=True)]).sum(dim=0)

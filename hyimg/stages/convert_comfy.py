@@ -1,21 +1,19 @@
-"""`hyimg convert-comfy`: a LoRA file in another tool's form."""
+"""`hyimg convert-comfy`: converts a LoRA file to another tool's format."""
 
 from __future__ import annotations
 
-from hyimg.config.commands import ConvertComfyConfig
+from hyimg.config.tools import ConvertComfyConfig
 from hyimg.errors import HyimgError
-from hyimg.lora.file import Conversion, convert, describe, require_new_file
+from hyimg.lora.files.conversion import Conversion, convert, describe, require_new_file
 from hyimg.report import Reporter
 
 
 def convert_comfy(config: ConvertComfyConfig, report: Reporter) -> Conversion:
-    """Converts `source` to `destination`; says what it found, what it left out, and what a smaller rank cost.
+    """Converts `source` to `destination`; reports what it found, what it dropped, and the error of a smaller rank.
 
-    Raises HyimgError for what `hyimg.lora.file.convert` refuses, and for a destination that exists.
+    Raises HyimgError for what `hyimg.lora.files.conversion.convert` refuses, and for a destination that exists.
     """
     options = config.conversion
-    assert options.source is not None
-    assert options.destination is not None
     if options.reverse and options.to not in (None, "kohya"):
         raise HyimgError(
             f"`--reverse` means `--to kohya`, but `--to {options.to}` was given", hint="leave one out"
@@ -30,6 +28,8 @@ def convert_comfy(config: ConvertComfyConfig, report: Reporter) -> Conversion:
     )
     source = done.source_format or "another tool's names"
     report.note(f"{options.destination}: {done.num_modules} modules, {source} to {done.target_format}")
+    for warning in done.warnings:
+        report.warning(warning)
     for line in describe(done):
         report.note(line)
     return done

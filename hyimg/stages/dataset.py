@@ -1,91 +1,102 @@
-"""`hyimg dataset`: what a dataset file leads to, before any model is loaded. No torch unless encoders are named.
+"""`hyimg dataset`: a report on a dataset before any model is loaded. No torch unless encoders are given.
 
-The story: read the dataset, count it, look at the caches, read every caption as the encoders will, print.
+It reads the dataset, counts it, checks the caches, lints every caption, and prints the report.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hyimg.cache.identity import file_identity
+from hyimg.cache.entry_file import EntryShapes
+from hyimg.cache.hashing import file_identity
+from hyimg.checkpoints.architecture import DIT_2_1, NATIVE_SIZES, VAE_2_1
+from hyimg.checkpoints.header_check import open_vae
 from hyimg.config.commands import DatasetConfig
-from hyimg.data.bucket_sheet import write_bucket_sheet
-from hyimg.data.cache_state import Shapes, latent_cache_state, text_cache_state
-from hyimg.data.caption_transforms import CaptionTransforms
-from hyimg.data.plan import prompts_of
-from hyimg.data.report import (
+from hyimg.config.models import Compute
+from hyimg.config.option import warn_of_idle
+from hyimg.data.caching import prompts_of
+from hyimg.data.captions import CaptionTransforms
+from hyimg.data.findings import Finding, duplicate_captions
+from hyimg.data.workspace import Workspace, open_workspace, options_left_to_flags
+from hyimg.encoders.glyph import PromptLint, lint_prompt
+from hyimg.encoders.tokenizer import QwenTokenizer, load_qwen_tokenizer
+from hyimg.errors import HyimgError
+from hyimg.rendering.prompts import load_prompts
+from hyimg.report import Reporter, SilentReporter, plain_console, say_json
+from hyimg.reports.dataset_report import (
     JSON_FORMAT,
     BucketRow,
     CacheState,
     Captions,
     DatasetReport,
-    Finding,
+    print_report,
 )
-from hyimg.data.report_tables import print_report
-from hyimg.data.survey import (
+from hyimg.reports.dataset_stats import (
     bounded_sizes,
     bucket_rows,
     count_epoch,
     count_images,
     dataset_rows,
-    find_duplicates,
+    latent_cache_state,
+    text_cache_state,
 )
-from hyimg.data.workspace import Workspace, open_workspace
-from hyimg.encoders.lint import PromptLint, lint_prompt
-from hyimg.encoders.tokenizer import QwenTokenizer, load_qwen_tokenizer
-from hyimg.errors import HyimgError
-from hyimg.flow.prompts import load_prompts
-from hyimg.model.architecture import DIT_2_1, NATIVE_SIZES, VAE_2_1
-from hyimg.model.header_check import read_vae_arch
-from hyimg.report import Reporter, SilentReporter
+from hyimg.reports.sheets import write_bucket_sheet
 
 _MANY_PROMPTS = 2000
 _BYT5_NORM = "encoder.final_layer_norm.weight"
 
 
 def dataset(config: DatasetConfig, report: Reporter) -> DatasetReport:
-    """Prints the report on stdout, as tables or JSON, and writes the contact sheet where one is asked for.
+    """Prints the report on stdout, as tables or JSON, and writes the contact sheet if requested.
 
-    Nothing else is written but the cache folder's index, which remembers the images that were read. Raises
-    HyimgError for everything that would stop caching or training: what is wrong with the dataset file, its
-    images and captions, a validation split or a training set that is empty, a model file that is none.
+    Apart from that, only the cache folder's index is written. Raises HyimgError for everything that would stop caching
+    or training: errors in the dataset file, its images and captions, an empty training or validation set, a file that
+    is not the model it should be.
     """
     sheet = config.output.contact_sheet
     if sheet is not None and sheet.suffix.lower() != ".png":
-        raise HyimgError(f"`--contact_sheet` writes a PNG file, not `{sheet.name}`", hint="end it in `.png`")
+        raise HyimgError(
+            f"`--contact_sheet` writes a PNG file, not `{sheet.name}`", hint="use the ending `.png`"
+        )
     # the notes are part of the report
     training = config.training
+    opening = SilentReporter()
     workspace = open_workspace(
         config.dataset,
-        SilentReporter(),
+        opening,
         transforms=CaptionTransforms.of(config.dataset, config.common.plugin),
         batch_size=training.train_batch_size,
         validation_split=training.validation_split,
         validation_seed=training.validation_seed,
     )
-    told = _tell(config, workspace, report)
+    for line in opening.warnings:
+        if line not in workspace.found.warnings:
+            report.warning(line)
+    warn_of_idle(
+        config,
+        report,
+        random_captions=workspace.has_random_captions,
+        validates=bool(workspace.found.validation),
+        left_to_flags=options_left_to_flags(workspace.dataset_file.path),
+    )
+    result = _build_report(config, workspace, report)
     if config.output.json:
-        json.dump(asdict(told), sys.stdout, indent=2)
-        print()
+        say_json(asdict(result))
     else:
-        from rich.console import Console
-
-        print_report(told, Console(highlight=False))
+        print_report(result, plain_console(soft_wrap=False))
     if sheet is not None:
         if not write_bucket_sheet(workspace.all_samples, sheet):
             report.warning("no installed font has Chinese, Japanese and Korean glyphs: labels show boxes")
         report.note(f"contact sheet: {sheet}")
-    return told
+    return result
 
 
-def _tell(config: DatasetConfig, workspace: Workspace, report: Reporter) -> DatasetReport:
+def _build_report(config: DatasetConfig, workspace: Workspace, report: Reporter) -> DatasetReport:
     samples = workspace.all_samples
-    extra = _sample_prompts(config.training.sample_prompts)
+    extra = _sample_prompts(config.training.sample_prompts, report)
     tokenizer, not_counted = _tokenizer(config)
     lints = _lint_all(prompts_of(samples, extra), tokenizer, report)
     buckets = bucket_rows(workspace)
@@ -100,13 +111,13 @@ def _tell(config: DatasetConfig, workspace: Workspace, report: Reporter) -> Data
         latents=_latents(config, workspace),
         text=_text(config, workspace, extra, lints, tokenizer),
         captions=_captions(workspace, lints, tokenizer, not_counted),
-        findings=(*_findings(workspace, lints), *find_duplicates(samples)),
+        findings=(*workspace.found.findings, *_findings(workspace, lints), *duplicate_captions(samples)),
         notes=(*workspace.found.notes, *bounded_sizes(workspace), *_notes(config, buckets)),
     )
 
 
-def _sample_prompts(path: Path | None) -> list[str]:
-    specs = [] if path is None else load_prompts(path)
+def _sample_prompts(path: Path | None, report: Reporter) -> list[str]:
+    specs = [] if path is None else load_prompts(path, report)
     return [text for spec in specs for text in (spec.prompt, spec.negative_prompt or "")]
 
 
@@ -114,7 +125,7 @@ def _sample_prompts(path: Path | None) -> list[str]:
 
 
 def _tokenizer(config: DatasetConfig) -> tuple[QwenTokenizer | None, str | None]:
-    """The tokenizer, or why there is none. One that was named must be good; else none need be there."""
+    """The tokenizer, or why there is none. One given by `--tokenizer` must be usable; otherwise none is needed."""
     named = config.models.tokenizer
     try:
         return load_qwen_tokenizer(named, config.models.text_encoder, download=False), None
@@ -155,7 +166,7 @@ def _captions(
 
 
 def _findings(workspace: Workspace, lints: Mapping[str, PromptLint]) -> list[Finding]:
-    """What is to be said of the captions; one finding a kind for all images and variants of a caption."""
+    """The findings about captions; one per kind for all images and variants of a caption."""
     images: defaultdict[tuple[str, ...], dict[str, None]] = defaultdict(dict)
     for sample in workspace.all_samples:
         images[sample.prompts][str(sample.image_path)] = None
@@ -195,11 +206,11 @@ def _distinct(texts: Iterable[Iterable[str]]) -> tuple[str, ...]:
 def _latents(config: DatasetConfig, workspace: Workspace) -> CacheState:
     vae, identity = config.models.vae, None
     channels = VAE_2_1.latent_channels
-    basis = f"assumed is HunyuanImage-2.1's VAE ({channels} channels), since `--vae` is not named"
+    basis = f"assuming HunyuanImage-2.1's VAE ({channels} channels), since `--vae` is not given"
     if vae is not None:
-        channels = read_vae_arch(vae).latent_channels
+        channels = open_vae(vae).arch.latent_channels
         identity = file_identity(vae, workspace.index)
-        basis = f"{channels} channels, as `{vae.name}` has them"
+        basis = f"{channels} channels, from `{vae.name}`"
     return latent_cache_state(
         workspace.latents_dir,
         workspace.all_samples,
@@ -212,12 +223,13 @@ def _latents(config: DatasetConfig, workspace: Workspace) -> CacheState:
 
 @dataclass(frozen=True)
 class _Widths:
-    """Values a token, of Qwen (always bfloat16) and of byT5; where the widths are known from."""
+    """Values per token and dtypes, of Qwen and of byT5; `basis` says where they come from."""
 
     text: int = DIT_2_1.text_dim
     byt5: int = DIT_2_1.byt5_dim
+    text_dtype: str = "BF16"
     byt5_dtype: str = "F16"
-    basis: str = "assumed are HunyuanImage-2.1's encoders, since `--text_encoder` and `--byt5` are not named"
+    basis: str = "assuming HunyuanImage-2.1's encoders, since `--text_encoder` and `--byt5` are not given"
 
 
 def _text(
@@ -227,48 +239,57 @@ def _text(
     lints: Mapping[str, PromptLint],
     tokenizer: QwenTokenizer | None,
 ) -> CacheState:
-    identity, widths = _text_encoders(config, workspace, tokenizer)
+    identities, widths = _text_encoders(config, workspace, tokenizer)
     return text_cache_state(
         workspace.text_dir,
         workspace.all_samples,
         extra,
         index=workspace.index,
-        identity=identity,
+        identities=identities,
         shapes=_shapes(lints, widths),
-        basis=widths.basis if tokenizer is not None else "not known without a tokenizer",
+        basis=widths.basis if tokenizer is not None else "unknown without a tokenizer",
     )
 
 
 def _text_encoders(
     config: DatasetConfig, workspace: Workspace, tokenizer: QwenTokenizer | None
-) -> tuple[str | None, _Widths]:
+) -> tuple[list[str] | None, _Widths]:
     text_encoder, byt5 = config.models.text_encoder, config.models.byt5
     if text_encoder is None or byt5 is None:
         return None, _Widths()
-    from hyimg.encoders.text import TextEncoders  # torch, in whose types the encoders' identity is told
+    # torch, which knows the device and its dtypes
+    from hyimg.encoders.text import TextEncoders
+    from hyimg.memory.device import resolve_device
+    from hyimg.memory.precision import decide_precision
 
+    precision = decide_precision(
+        Compute(), resolve_device(None), text_encoder_dtype=config.models.text_encoder_dtype
+    )
     encoders = TextEncoders.open(
         text_encoder,
         byt5,
         tokenizer or config.models.tokenizer,
+        dtype=precision.text_encoder,
         fp8=config.models.fp8_vl,
+        byt5_dtype=precision.byt5,
         memo=workspace.index,
     )
     widths = _Widths(
         encoders.qwen.arch.hidden,
         encoders.byt5.arch.d_model,
-        encoders.byt5.checkpoint.tensors[_BYT5_NORM].dtype,
-        basis=f"{encoders.qwen.arch.hidden} and {encoders.byt5.arch.d_model} values a token, as the encoders have them",
+        "BF16" if precision.text_entries[0] == "bf16" else "F32",
+        "F32" if precision.byt5 is not None else encoders.byt5.checkpoint.tensors[_BYT5_NORM].dtype,
+        basis=f"{encoders.qwen.arch.hidden} and {encoders.byt5.arch.d_model} values per token, from the encoders",
     )
-    return encoders.identity, widths
+    return [own.identity for own in encoders.in_dtypes(precision.text_entries)], widths
 
 
-def _shapes(lints: Mapping[str, PromptLint], widths: _Widths) -> Callable[[str], Shapes | None]:
-    def shapes(prompt: str) -> Shapes | None:
+def _shapes(lints: Mapping[str, PromptLint], widths: _Widths) -> Callable[[str], EntryShapes | None]:
+    def shapes(prompt: str) -> EntryShapes | None:
         lint = lints[prompt]
         if lint.num_tokens is None:
             return None
-        tensors: Shapes = {"text": ("BF16", (lint.num_tokens, widths.text))}
+        tensors: EntryShapes = {"text": (widths.text_dtype, (lint.num_tokens, widths.text))}
         if lint.num_glyph_tokens:
             tensors = {**tensors, "byt5": (widths.byt5_dtype, (lint.num_glyph_tokens, widths.byt5))}
         return tensors
@@ -282,8 +303,8 @@ def _shapes(lints: Mapping[str, PromptLint], widths: _Widths) -> Callable[[str],
 def _notes(config: DatasetConfig, buckets: Sequence[BucketRow]) -> Iterable[str]:
     vae, sizes = config.models.vae, {row.size: row.native for row in buckets}
     others = sum(not native for native in sizes.values())
-    if others and (vae is None or read_vae_arch(vae) == VAE_2_1):  # other models have sizes of their own
+    if others and (vae is None or open_vae(vae).arch == VAE_2_1):  # other models have other native sizes
         native = ", ".join(f"{width}x{height}" for width, height in NATIVE_SIZES)
-        yield f"bucket sizes that are none of the model's five native ones ({native}): {others} of {len(sizes)}"
+        yield f"bucket sizes that are not among the model's five native ones ({native}): {others} of {len(sizes)}"
     if (config.models.text_encoder is None) != (config.models.byt5 is None):
-        yield "`--text_encoder` and `--byt5` say which text cache is meant only when both are named"
+        yield "`--text_encoder` and `--byt5` select a text cache only if both are given"

@@ -1,26 +1,36 @@
 """`hyimg demo`: a LoRA from pictures to ComfyUI with the real commands, one after another, on the micro model.
 
 The micro model comes with the package and renders plain shapes; the demo teaches it a shape that it has never seen,
-under a word that it has never read (`hyimg.micro.concept`). Every command runs in a process of its own and is printed
+under a word that it has never read (`hyimg.demo.concept`). Every command runs in a process of its own and is printed
 as it could be typed.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hyimg.cache.atomic import atomic_write_text
-from hyimg.config.commands import DemoConfig
+from hyimg.cache.own_files import is_link, make_folder, remove_leftovers, remove_tree
+from hyimg.config.tools import DemoConfig
+from hyimg.demo.concept import (
+    HALF_WAY,
+    NAME,
+    NUM_EPOCHS,
+    NUM_KNOWN,
+    NUM_PICTURES,
+    TRIGGER,
+    DemoFolder,
+    check_micro_model,
+    copy_micro_model,
+    write_concept,
+    write_known,
+)
+from hyimg.distributed.launch import run_command
 from hyimg.errors import HyimgError, RunError
-from hyimg.micro.concept import NUM_KNOWN, NUM_PICTURES, TRIGGER, write_concept, write_known
-from hyimg.micro.demo_folder import HALF_WAY, NAME, NUM_EPOCHS, DemoFolder
-from hyimg.micro.shipped import check_micro_model, copy_micro_model
 from hyimg.report import Reporter, duration_text
 
 DATASET = """\
@@ -72,6 +82,10 @@ COMMANDS = (
     "check {comfy_lora} --dit {dit}",
 )
 
+# Threads of a parallel region wait for each other: measured in float32 with AVX2, two threads train the micro model no
+# faster than one on idle cores (18 steps/s), and 30 times slower on cores that other programs use as well
+_THREADS = "OMP_NUM_THREADS"
+
 
 def demo(config: DemoConfig, report: Reporter) -> Path:
     """Runs the pipeline in the folder and returns the contact sheet's path.
@@ -79,21 +93,22 @@ def demo(config: DemoConfig, report: Reporter) -> Path:
     Raises HyimgError where the folder holds something else or the micro model is not installed, RunError where a
     command fails.
     """
-    assert config.demo.directory is not None
     folder = DemoFolder(config.demo.directory)
     check_micro_model()
     _claim(folder, overwrite=config.demo.overwrite)
     started = time.monotonic()
-    copy_micro_model(folder.model)
+    copy_micro_model(folder.model, root=folder.directory)
     _write_dataset(folder)
     report.note(f"# the micro model is in {folder.model.directory}: plain shapes, 128x128 (docs/micro.md)")
     report.note(
         f"# {NUM_PICTURES} pictures of a shape that it does not know are in {folder.images}; the word for it is "
         f"`{TRIGGER}`; {NUM_KNOWN} of shapes that it knows are in {folder.known}"
     )
+    environment = _environment(report)
     for command in command_lines(folder):
-        _run(command, report)
-    report.note(f"\ndone in {duration_text(time.monotonic() - started)}")
+        _run(command, environment, report)
+    report.note("")
+    report.note(f"done in {duration_text(time.monotonic() - started)}")
     report.note(f"LoRA: {folder.lora}, for ComfyUI {folder.comfy_lora}")
     report.note(f"picture: {folder.picture}")
     report.note(
@@ -109,25 +124,28 @@ def command_lines(folder: DemoFolder) -> list[list[str]]:
 
 
 def _claim(folder: DemoFolder, *, overwrite: bool) -> None:
-    """Empties the folder of an earlier demo; any other folder that is not empty is left alone."""
+    """Removes an earlier demo's files; any other folder that is not empty is left alone."""
     directory = folder.directory
     if directory.is_dir() and any(directory.iterdir()):
-        if not folder.marker.is_file():
+        if not folder.marker.is_file() or is_link(folder.marker):
             raise HyimgError(f"`{directory}` is not empty and no earlier demo", hint="choose a new folder")
         if not overwrite:
             raise HyimgError(
                 f"`{directory}` holds an earlier demo", hint="give `--overwrite`, or a new folder"
             )
-        shutil.rmtree(directory)
-    atomic_write_text(folder.marker, "made by `hyimg demo`; `hyimg demo --overwrite` replaces this folder\n")
+        for path in folder.contents():
+            remove_tree(path, root=directory)
+        remove_leftovers(directory, {path.name for path in folder.contents()}.__contains__, root=directory)
+    text = "made by `hyimg demo`; `hyimg demo --overwrite` replaces what it made in this folder\n"
+    atomic_write_text(folder.marker, text, root=directory)
 
 
 def _write_dataset(folder: DemoFolder) -> None:
     for pictures, write in ((folder.images, write_concept), (folder.known, write_known)):
-        pictures.mkdir()
+        make_folder(pictures, root=folder.directory)
         write(pictures)
-    atomic_write_text(folder.dataset, dataset_text(folder))
-    atomic_write_text(folder.prompts, PROMPTS)
+    atomic_write_text(folder.dataset, dataset_text(folder), root=folder.directory)
+    atomic_write_text(folder.prompts, PROMPTS, root=folder.directory)
 
 
 def dataset_text(folder: DemoFolder) -> str:
@@ -137,9 +155,18 @@ def dataset_text(folder: DemoFolder) -> str:
     )
 
 
-def _run(arguments: Sequence[str], report: Reporter) -> None:
-    report.note(f"\n$ hyimg {shlex.join(arguments)}")
-    done = subprocess.run([sys.executable, "-m", "hyimg", *arguments], check=False)
+def _environment(report: Reporter) -> dict[str, str]:
+    """The commands' environment: one thread for each, unless the user has set another number."""
+    if _THREADS in os.environ:
+        return dict(os.environ)
+    report.note(f"# {_THREADS}=1 for each command: matrices this small gain nothing from more threads")
+    return {**os.environ, _THREADS: "1"}
+
+
+def _run(arguments: Sequence[str], environment: Mapping[str, str], report: Reporter) -> None:
+    report.note("")
+    report.note(f"$ hyimg {shlex.join(arguments)}")
+    done = run_command(arguments, environment=environment)
     if done.returncode != 0:
         raise RunError(
             f"`hyimg {arguments[0]}` ended with exit code {done.returncode}", hint="its message stands above"

@@ -5,22 +5,35 @@ The three models are never in memory together, but with `--interactive`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from hyimg.cache.atomic import require_file_name, require_writable_folder
+from hyimg.cache.hashing import fingerprint
+from hyimg.checkpoints.architecture import VAEArch
 from hyimg.config.commands import InferConfig
 from hyimg.config.load import require_no_input
-from hyimg.config.option import groups_of, options_of
+from hyimg.config.option import groups_of, options_of, warn_of_idle
+from hyimg.config.rendering import PRESETS
 from hyimg.encoders.text import TextEncoders
-from hyimg.errors import HyimgError
-from hyimg.flow.interactive import Session, prompt_lines
-from hyimg.flow.latents import Rendered, read_latent, write_latent
-from hyimg.flow.loras import check_values
-from hyimg.flow.pictures import decode_image, save_png
-from hyimg.flow.plan import (
+from hyimg.encoders.tokenizer import MAX_TOKENS
+from hyimg.errors import HyimgError, work_has_begun
+from hyimg.lora.merging import refuse_merging_into_fp8, save_merged
+from hyimg.memory.device import resolve_device
+from hyimg.memory.out_of_memory import explain_oom, vae_changes
+from hyimg.memory.precision import Precision, decide_precision
+from hyimg.model.loading import check_vae
+from hyimg.model.vae import VAE
+from hyimg.rendering.decoding import Rendered, decode_image, latent_bytes, png_bytes, read_latent
+from hyimg.rendering.interactive import Session, prompt_lines
+from hyimg.rendering.loras import check_values
+from hyimg.rendering.outputs import LATENT, PNG, SUFFIXES, RenderJob, is_folder
+from hyimg.rendering.prompts import PromptSpec, load_prompts
+from hyimg.rendering.render_plan import (
     RenderPlan,
+    check_repetition,
     encode_states,
     encoder_changes,
     free_memory,
@@ -28,22 +41,12 @@ from hyimg.flow.plan import (
     open_encoders,
     plan_renders,
 )
-from hyimg.flow.prompts import PromptSpec, load_prompts
-from hyimg.flow.renderer import PromptStates, prompts_to_encode
-from hyimg.flow.repetition import check_repetition
-from hyimg.flow.result_files import (
-    LATENT,
-    PNG,
-    SUFFIXES,
-    ResultFiles,
-    is_folder,
-    result_files,
-    write_result,
-)
-from hyimg.lora.merged_file import refuse_merging_into_fp8, save_merged
-from hyimg.memory.out_of_memory import explained, vae_changes
-from hyimg.model.loading import check_vae
+from hyimg.rendering.renderer import prompts_to_encode
 from hyimg.report import Reporter
+
+_MOST_STATE_BYTES = 2 * 2**30
+_STATE_VALUE_BYTES = 4
+"""Of the text encoder's states, float32 at the most."""
 
 
 def infer(config: InferConfig, report: Reporter) -> list[Path]:
@@ -51,36 +54,47 @@ def infer(config: InferConfig, report: Reporter) -> list[Path]:
 
     Raises HyimgError for wrong input before a weight is read, and RunError for an image that is not finite.
     """
-    if config.output.split_attn:
-        report.note("note: `--split_attn` changes nothing: one image at a time has no mask")
     if config.output.latent_path:
         return _decode_latents(config, report)
     renders = _has_prompts(config)
     _check_required(config, renders)
-    plan = _plan(config, report)
+    prompts = _prompts(config, report)
+    plan = _plan(config, prompts, report)
+    warn_of_idle(config, report, **plan.option_facts(prompts), on_gpu=plan.dit.device.type != "cpu")
     check_values(plan.loras, plan.arch)
     if config.prompt.from_image is not None:
         check_repetition(config.prompt.from_image, plan, report)
     merged_path = _merged_path(config, plan)
     if not renders:
-        return [_save_merged(plan, merged_path, report)] if merged_path is not None else []
+        return [_save_merged(config, plan, merged_path, report)] if merged_path is not None else []
 
     assert config.vae.vae is not None
-    check_vae(config.vae.vae)
-    encoders = open_encoders(config.encoders, config.compute)
-    results = _results(config, len(plan.specs))
-    if merged_path is not None and any(merged_path in files.values() for files in results):
-        raise HyimgError(
-            f"`--save_merged_model` and `--save_path` are both `{merged_path}`", hint="name another file"
-        )
-    written = [] if merged_path is None else [_save_merged(plan, merged_path, report)]
-    if config.prompt.interactive:
-        return written + _interact(config, plan, encoders, report)
-    with explained(encoder_changes(config.encoders)):
-        states = encode_states(encoders, prompts_to_encode(plan.specs), report)
-    rendered = _render(plan, states, report)
-    free_memory(plan.device)
-    return written + _write(config, rendered, results, report)
+    vae_arch = check_vae(config.vae.vae)
+    encoders = open_encoders(config.encoders, config.compute, plan.precision)
+    with _job(config, *_items(plan, prompts, merged_path), report) as job:
+        if merged_path is not None and any(merged_path in files.values() for files in job.results):
+            raise HyimgError(
+                f"`--save_merged_model` and `--save_path` are both `{merged_path}`", hint="name another file"
+            )
+        # a run that is continued has saved it before its first picture
+        saves = merged_path is not None and not job.is_continued
+        written = [_save_merged(config, plan, merged_path, report)] if saves and merged_path else []
+        plan.precision.log(report, "DiT", "text encoder", "byT5", "VAE")
+        if config.prompt.interactive:
+            return written + _interact(config, plan, encoders, report)
+        seeded = [
+            spec if seed is None else replace(spec, seed=seed)
+            for spec, seed in zip(plan.specs, job.seeds, strict=True)
+        ]
+        plan = replace(plan, specs=seeded)
+        with work_has_begun():
+            for indices in _batches(plan, job.pending):
+                with explain_oom(plan.changes_for_memory):
+                    _render(plan, indices, job, encoders, config, report)
+                free_memory(plan.dit.device)
+                rendered = partial(_rendered, plan, job, vae_arch)
+                written += _write(config, plan.precision, indices, job, rendered, report)
+    return written
 
 
 # ---- what is asked for
@@ -128,19 +142,34 @@ def _require_output(config: InferConfig) -> None:
         raise HyimgError(f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} required")
 
 
-def _results(config: InferConfig, count: int) -> list[ResultFiles]:
-    """Where results go; raises HyimgError where they would replace what is read."""
-    results = result_files(config.output, count)
-    for files in results:
+def _job(
+    config: InferConfig, items: Sequence[Mapping[str, object]], seeds: Sequence[int | None], report: Reporter
+) -> RenderJob:
+    """The job of a command; raises HyimgError where its results would replace what is read."""
+    job = RenderJob(config.output, items, seeds, report)
+    for files in job.results:
         for path in files.values():
             require_no_input(config, path, "`--save_path`")
-    return results
+    return job
 
 
-def _plan(config: InferConfig, report: Reporter) -> RenderPlan:
+def _items(
+    plan: RenderPlan, prompts: Sequence[PromptSpec], merged_path: Path | None
+) -> tuple[list[Mapping[str, object]], list[int | None]]:
+    """What each picture is made with, without the seeds that were drawn for it; and those."""
+    is_drawn = [prompt.seed is None and plan.defaults.seed is None for prompt in prompts]
+    settings = [plan.settings(spec, plan.loras) for spec in plan.specs]
+    items: list[Mapping[str, object]] = [
+        {**own, "seed": None} if drawn else own for own, drawn in zip(settings, is_drawn, strict=True)
+    ]
+    seeds = [spec.seed if drawn else None for spec, drawn in zip(plan.specs, is_drawn, strict=True)]
+    return items, seeds
+
+
+def _plan(config: InferConfig, prompts: Sequence[PromptSpec], report: Reporter) -> RenderPlan:
     assert config.dit.dit is not None
     return plan_renders(
-        _prompts(config),
+        prompts,
         dit=config.dit.dit,
         encoders=config.encoders,
         vae=config.vae,
@@ -154,9 +183,9 @@ def _plan(config: InferConfig, report: Reporter) -> RenderPlan:
     )
 
 
-def _prompts(config: InferConfig) -> list[PromptSpec]:
+def _prompts(config: InferConfig, report: Reporter) -> list[PromptSpec]:
     if config.prompt.from_file is not None:
-        return load_prompts(config.prompt.from_file)
+        return load_prompts(config.prompt.from_file, report)
     return [] if config.prompt.prompt is None else [PromptSpec(prompt=config.prompt.prompt)]
 
 
@@ -176,26 +205,28 @@ def _merged_path(config: InferConfig, plan: RenderPlan) -> Path | None:
             hint="leave `--fp8_scaled` out, and give it where the merged file is used",
         )
     refuse_merging_into_fp8(
-        plan.dit, "`--save_merged_model`", "merge into the bf16 file, and quantise that with `--fp8_scaled`"
+        plan.dit.opened,
+        "`--save_merged_model`",
+        "merge into the bf16 file, and quantise that with `--fp8_scaled`",
     )
     if path.suffix.lower() != LATENT:
         raise HyimgError(f"`--save_merged_model` `{path}` is not the name of a `.safetensors` file")
     require_file_name(path)
     require_writable_folder(path.parent)
     require_no_input(config, path, "`--save_merged_model`")
-    if path.resolve().parent == plan.dit.resolve():
+    if path.resolve().parent == plan.dit.opened.path.resolve():
         raise HyimgError(
             f"`--save_merged_model` `{path}` is in the folder of the `--dit`, which holds one model",
             hint="name another folder",
         )
-    if path.exists() and not config.output.overwrite:
-        raise HyimgError(f"`{path}` exists", hint="name another `--save_merged_model`, or give `--overwrite`")
     return path
 
 
-def _save_merged(plan: RenderPlan, path: Path, report: Reporter) -> Path:
+def _save_merged(config: InferConfig, plan: RenderPlan, path: Path, report: Reporter) -> Path:
+    if path.exists() and not config.output.overwrite:
+        raise HyimgError(f"`{path}` exists", hint="name another `--save_merged_model`, or give `--overwrite`")
     networks = [(lora.read(plan.arch), lora.multiplier) for lora in plan.loras]
-    save_merged(plan.dit, path, networks, [lora.record for lora in plan.loras], report)
+    save_merged(plan.dit.opened.path, path, networks, [lora.record for lora in plan.loras], report)
     report.note(f"saved {path}")
     return path
 
@@ -203,23 +234,59 @@ def _save_merged(plan: RenderPlan, path: Path, report: Reporter) -> Path:
 # ---- rendering
 
 
-def _render(plan: RenderPlan, states: Mapping[str, PromptStates], report: Reporter) -> list[Rendered]:
-    """Every prompt with all LoRAs; the DiT is let go on return."""
-    with explained(plan.changes_for_memory):
-        renderer = plan.load_renderer(states, report, loras=plan.loras)
-        rendered = []
-        with report.task("render", sum(spec.steps for spec in plan.specs), unit="step") as task:
-            for spec in plan.specs:
-                latent_BCHW = renderer.render(spec, lambda step, x, denoised: task.advance())
-                rendered.append(Rendered(latent_BCHW, plan.settings(spec, plan.loras)))
-    return rendered
+def _batches(plan: RenderPlan, indices: Sequence[int]) -> Iterator[list[int]]:
+    """The pictures in batches whose prompts' states fit in memory at once; each model is loaded once a batch."""
+    batch: list[int] = []
+    size = 0
+    for index in indices:
+        # a token is at least a byte of text
+        prompts = prompts_to_encode([plan.specs[index]])
+        tokens = sum(min(len(prompt.encode("utf-8", "replace")), MAX_TOKENS) for prompt in prompts)
+        own = tokens * plan.arch.text_dim * _STATE_VALUE_BYTES
+        if batch and size + own > _MOST_STATE_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(index)
+        size += own
+    if batch:
+        yield batch
+
+
+def _render(
+    plan: RenderPlan,
+    indices: Sequence[int],
+    job: RenderJob,
+    encoders: TextEncoders,
+    config: InferConfig,
+    report: Reporter,
+) -> None:
+    """Renders and keeps the latents of a batch that an earlier run has not kept; the DiT is let go on return."""
+    assert config.vae.vae is not None
+    vae_arch = check_vae(config.vae.vae)
+    settings = {index: plan.settings(plan.specs[index], plan.loras) for index in indices}
+    todo = [index for index in indices if not job.has_latent(index, settings[index], vae_arch)]
+    if not todo:
+        return
+    specs = [plan.specs[index] for index in todo]
+    with explain_oom(encoder_changes(config.encoders)):
+        states = encode_states(encoders, prompts_to_encode(specs), report)
+    renderer = plan.load_renderer(states, report, loras=plan.loras)
+    with report.task("render", sum(spec.steps for spec in specs), unit="step") as task:
+        for index, spec in zip(todo, specs, strict=True):
+            latent_BCHW = renderer.render(spec, lambda step, x, denoised: task.advance())
+            job.keep(index, Rendered(latent_BCHW, settings[index]))
+
+
+def _rendered(plan: RenderPlan, job: RenderJob, vae_arch: VAEArch, index: int) -> Rendered:
+    """A latent that was kept, with its settings in the order in which a run that is not stopped writes them."""
+    return Rendered(job.latent(index, vae_arch), plan.settings(plan.specs[index], plan.loras))
 
 
 def _interact(config: InferConfig, plan: RenderPlan, encoders: TextEncoders, report: Reporter) -> list[Path]:
-    """Pictures for each line of the user's; what is wrong with one is told, and the next is asked for."""
+    """Renders each line that the user types; a wrong line is reported, and the session continues."""
     session = Session(config, plan, encoders, report)
     report.note(
-        f"the DiT and the VAE stay loaded on {plan.device}; the text encoders are read layer by layer for each new "
+        f"the DiT and the VAE stay loaded on {plan.dit.device}; the text encoders are read layer by layer for each new "
         "prompt"
     )
     report.note(
@@ -231,7 +298,7 @@ def _interact(config: InferConfig, plan: RenderPlan, encoders: TextEncoders, rep
             written += session.answer(line)
         except HyimgError as error:
             report.warning(f"{error.message} ({error.hint})" if error.hint else error.message)
-            free_memory(plan.device)
+            free_memory(plan.dit.device)
     return written
 
 
@@ -239,25 +306,38 @@ def _interact(config: InferConfig, plan: RenderPlan, encoders: TextEncoders, rep
 
 
 def _write(
-    config: InferConfig, rendered: Sequence[Rendered], results: Sequence[ResultFiles], report: Reporter
+    config: InferConfig,
+    precision: Precision,
+    indices: Sequence[int],
+    job: RenderJob,
+    rendered_of: Callable[[int], Rendered],
+    report: Reporter,
 ) -> list[Path]:
-    written = []
+    """Completes the results of a batch; each is on disk as soon as it is decoded."""
     suffixes = SUFFIXES[config.output.output_type]
-    if config.output.no_metadata:
-        rendered = [Rendered(one.latent_BCHW, None) for one in rendered]
-    if LATENT in suffixes:
-        for one, files in zip(rendered, results, strict=True):
-            written.append(write_result(config.output, files, LATENT, partial(write_latent, one)))
-    if PNG in suffixes:
-        decoding = explained(partial(vae_changes, config.vae, picture="picture (`--image_size`)"))
-        with decoding, report.task("decode", len(rendered), unit="image") as task:
-            vae = load_decoder(config.vae, config.compute)
-            for one, files in zip(rendered, results, strict=True):
-                save = partial(save_png, decode_image(vae, one.latent_BCHW), settings=one.settings)
-                written.append(write_result(config.output, files, PNG, save))
-                task.advance()
-    for path in written:
-        report.note(f"saved {path}")
+    written: list[Path] = []
+
+    def complete(index: int, vae: VAE | None) -> None:
+        one = rendered_of(index)
+        if config.output.no_metadata:
+            one = Rendered(one.latent_BCHW, None)
+        contents = {LATENT: latent_bytes(one)} if LATENT in suffixes else {}
+        if vae is not None:
+            contents[PNG] = png_bytes(decode_image(vae, one.latent_BCHW), one.settings)
+        for path in job.complete(index, contents):
+            written.append(path)
+            report.note(f"saved {path}")
+
+    if PNG not in suffixes:
+        for index in indices:
+            complete(index, None)
+        return written
+    decoding = explain_oom(partial(vae_changes, config.vae, size="image (`--image_size`)"))
+    with decoding, report.task("decode", len(indices), unit="image") as task:
+        vae = load_decoder(config.vae, config.compute, precision)
+        for index in indices:
+            complete(index, vae)
+            task.advance()
     return written
 
 
@@ -267,18 +347,34 @@ def _decode_latents(config: InferConfig, report: Reporter) -> list[Path]:
     _require_output(config)
     assert config.vae.vae is not None
     vae_arch = check_vae(config.vae.vae)
-    rendered = [read_latent(path, vae_arch) for path in config.output.latent_path]
-    return _write(config, rendered, _results(config, len(rendered)), report)
+    paths = config.output.latent_path
+    for path in paths:
+        read_latent(path, vae_arch)
+    precision = decide_precision(config.compute, resolve_device(config.compute.device, report))
+    decoder = {
+        "vae": fingerprint(config.vae.vae),
+        "dtype": str(precision.vae),
+        "vae_chunk_size": config.vae.vae_chunk_size,
+        "vae_tile_size": config.vae.vae_tile_size,
+    }
+    items = [{"latent": fingerprint(path), **decoder} for path in paths]
+    with _job(config, items, [None] * len(items), report) as job:
+        precision.log(report, "VAE")
+        with work_has_begun():
+            return _write(
+                config, precision, job.pending, job, lambda index: read_latent(paths[index], vae_arch), report
+            )
 
 
 def _check_latents_only(config: InferConfig) -> None:
     """Refuses what cannot act on latents that are rendered already; the model files may be in a shared config."""
+    set_by_preset = PRESETS.get(config.sampling.preset or "", {})
     given = [
         option.label
         for name, group in groups_of(InferConfig).items()
         if name in ("prompt", "lora", "sampling")
         for option in options_of(group)
-        if getattr(getattr(config, name), option.name) != option.default
+        if getattr(getattr(config, name), option.name) != option.default and option.name not in set_by_preset
     ]
     if given:
         raise HyimgError(

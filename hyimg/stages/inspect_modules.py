@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from hyimg.checkpoints.architecture import DIT_2_1, DIT_2_1_DISTILLED, DIT_TINY, DIT_TINY_FULL, DiTArch
+from hyimg.checkpoints.header_check import open_dit
 from hyimg.config.commands import InspectModulesConfig
-from hyimg.errors import HyimgError
-from hyimg.lora.inspection import Inspection, ModuleRow, inspect
-from hyimg.lora.module_tree import block_ranges, leaves
-from hyimg.model.architecture import DIT_2_1, DIT_2_1_DISTILLED, DIT_TINY, DIT_TINY_FULL, DiTArch
-from hyimg.model.header_check import read_dit_arch
-from hyimg.report import Reporter, count_text, size_text
+from hyimg.config.option import warn_of_idle
+from hyimg.errors import HyimgError, shortened
+from hyimg.lora.inspection import Inspection, ModuleRow, block_ranges, inspect, leaves
+from hyimg.report import Reporter, count_text, plain_console, say_json, size_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,6 +40,7 @@ def inspect_modules(config: InspectModulesConfig, report: Reporter) -> Inspectio
     )
     for warning in found.warnings:
         report.warning(warning)
+    warn_of_idle(config, report, has_patterns=bool(found.patterns))
     if config.dit.dit is None and config.inspection.arch is None:
         report.note("HunyuanImage-2.1, since neither `--dit` nor `--arch` was given")
     if not found.rows:
@@ -57,7 +56,7 @@ def _architecture(config: InspectModulesConfig) -> DiTArch:
     dit, arch = config.dit.dit, config.inspection.arch
     if dit is not None and arch is not None:
         raise HyimgError("`--dit` and `--arch` were both given", hint="one of them says what to list")
-    return read_dit_arch(dit) if dit is not None else ARCHITECTURES[arch or "2.1"]
+    return open_dit(dit).arch if dit is not None else ARCHITECTURES[arch or "2.1"]
 
 
 def _print_json(found: Inspection, config: InspectModulesConfig) -> None:
@@ -75,31 +74,29 @@ def _print_json(found: Inspection, config: InspectModulesConfig) -> None:
         "patterns": [asdict(p) for p in found.patterns],
         "warnings": list(found.warnings),
     }
-    json.dump(document, sys.stdout, indent=2)
-    print()
+    say_json(document)
 
 
 def _print_table(found: Inspection, config: InspectModulesConfig) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     if not console.is_terminal:
         console.width = 200  # for a program that reads lines: no name is broken
     rows = _tree_rows(found.rows) if config.inspection.tree else _plain_rows(found.rows)
     console.print(_table(rows))
     for pattern in found.patterns:
         console.print(
-            f"{pattern.option} {pattern.pattern}={pattern.value:g}: {count_text(pattern.num_modules, 'module')}",
-            markup=False,
+            f"{pattern.option} {shortened(pattern.pattern)}={pattern.value:g}: "
+            f"{count_text(pattern.num_modules, 'module')}"
         )
     totals, forecast = found.totals, config.forecast
     memory = "not known" if totals.optimizer_bytes is None else size_text(totals.optimizer_bytes)
     console.print(
         f"{totals.adapted_modules} of {totals.modules} modules adapted, "
-        f"{totals.trainable_parameters:,} trainable parameters\n"
+        f"{totals.trainable_parameters:,} trainable parameters"
+    )
+    console.print(
         f"LoRA file {size_text(totals.file_bytes)} in {forecast.save_precision}, "
-        f"{forecast.optimizer_type} state {memory}",
-        markup=False,
+        f"{shortened(forecast.optimizer_type)} state {memory}"
     )
     console.print("a pattern may match a LoRA name too: lora_unet_double_blocks_0_img_attn_qkv")
 
@@ -119,7 +116,7 @@ def _table(rows: Iterable[tuple[str, ...]]) -> Table:
 
 
 def _plain_rows(rows: Iterable[ModuleRow]) -> Iterator[tuple[str, ...]]:
-    """A line for each name; what stands beside it is said once a module."""
+    """A line for each name; the other columns are filled once per module."""
     for row in rows:
         first, *others = row.names
         yield first, *_cells(row)
@@ -127,7 +124,7 @@ def _plain_rows(rows: Iterable[ModuleRow]) -> Iterator[tuple[str, ...]]:
 
 
 def _tree_rows(rows: Iterable[ModuleRow]) -> Iterator[tuple[str, ...]]:
-    """Blocks that are alike under one title, with the parameters of all of them beside it."""
+    """Equal blocks under one title, with their total number of parameters."""
     for block in block_ranges(rows):
         parameters = block.count * sum(row.parameters for row in block.rows)
         count = f"  x{block.count}" if block.count > 1 else ""

@@ -1,16 +1,16 @@
-"""`hyimg make-tiny-model`: the four model files in miniature, with random weights and true key names.
+"""`hyimg make-tiny-model`: writes the four model files in miniature, with random weights and the real tensor names.
 
-They stand in for the real ones in dry runs and tests: the same code reads them, only the numbers are small.
+They replace the real ones in dry runs and tests.
 """
 
 from __future__ import annotations
 
-from hyimg.config.commands import MakeTinyModelConfig
+from hyimg.checkpoints.model_files import ModelFolder
+from hyimg.config.tools import MakeTinyModelConfig
 from hyimg.errors import HyimgError
-from hyimg.model.folder import ModelFolder
 from hyimg.report import Reporter, size_text
 
-# What the tokenizer learns its words from: captions as people write them
+# Typical captions, to train the tokenizer on
 _TOKENIZER_TEXTS = (
     "a photo of a cat looking at the camera, close portrait, soft light, blurred background",
     "a portrait of a woman in an orange suit standing in front of a flag, studio photograph",
@@ -31,12 +31,11 @@ _TOKENIZER_TEXTS = (
 
 
 def make_tiny_model(config: MakeTinyModelConfig, report: Reporter) -> ModelFolder:
-    """Writes the folder; a tokenizer, trained on the spot, lies beside the text encoder.
+    """Writes the folder, with a newly trained tokenizer next to the text encoder.
 
-    Raises HyimgError where model files are there already (unless `overwrite`): they may be real ones.
+    Raises HyimgError if model files exist already (unless `overwrite`), since they may be real ones.
     """
     options = config.tiny
-    assert options.directory is not None
     folder = ModelFolder(options.directory)
     there = [path for path in (*folder.files().values(), folder.tokenizer) if path.exists()]
     if there and not options.overwrite:
@@ -44,7 +43,7 @@ def make_tiny_model(config: MakeTinyModelConfig, report: Reporter) -> ModelFolde
     _write(folder, depth=options.depth, seed=options.seed)
     for option, path in folder.files().items():
         report.note(f"--{option} {path} ({size_text(path.stat().st_size)})")
-    report.note(f"the tokenizer beside them is found by itself: {folder.tokenizer}")
+    report.note(f"tokenizer, found automatically: {folder.tokenizer}")
     return folder
 
 
@@ -53,19 +52,20 @@ def _write(folder: ModelFolder, *, depth: str, seed: int) -> None:
     from safetensors.torch import save
 
     from hyimg.cache.atomic import atomic_write_bytes
+    from hyimg.checkpoints.architecture import DIT_TINY, DIT_TINY_FULL, VAE_TINY
+    from hyimg.checkpoints.safetensors_file import read_header
     from hyimg.encoders.tiny import make_tiny_byt5, make_tiny_qwen, train_tiny_tokenizer
-    from hyimg.model.architecture import DIT_TINY, DIT_TINY_FULL, VAE_TINY
     from hyimg.model.dit import DiT
-    from hyimg.model.random_init import init_random
+    from hyimg.model.loading import init_random
     from hyimg.model.vae import VAE
 
     dit = DiT(DIT_TINY_FULL if depth == "full" else DIT_TINY)
     vae = VAE(VAE_TINY)
-    # the real files' types: bf16 for the DiT, fp16 for the VAE
+    # the real files' dtypes: bf16 for the DiT, fp16 for the VAE
     for path, model, dtype in ((folder.dit, dit, torch.bfloat16), (folder.vae, vae, torch.float16)):
         init_random(model, seed)
         state = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-        atomic_write_bytes(path, save(state))
+        atomic_write_bytes(path, save(state), root=folder.directory, verify=read_header)
     make_tiny_qwen(folder.text_encoder, seed=seed)
     make_tiny_byt5(folder.byt5, seed=seed)
     train_tiny_tokenizer(_TOKENIZER_TEXTS, folder.directory)

@@ -1,26 +1,28 @@
-"""`hyimg merge`: LoRA files, each with a weight, as one file."""
+"""`hyimg merge`: adds LoRA files, each with a weight, into one file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
-from hyimg.config.commands import MergeConfig
+from hyimg.config.tools import MergeConfig
 from hyimg.errors import HyimgError
-from hyimg.lora import file
+from hyimg.lora.files import conversion
+from hyimg.rendering.loras import multipliers_of
 from hyimg.report import Reporter, count_text
 
 
-def merge(config: MergeConfig, report: Reporter) -> file.Conversion:
+def merge(config: MergeConfig, report: Reporter) -> conversion.Conversion:
     """Writes the sum of `loras` to `output`; says what it is made of, and what a smaller rank cost.
 
-    Raises HyimgError for what `hyimg.lora.file.merge` refuses, and for an output that exists.
+    Raises HyimgError for what `hyimg.lora.files.conversion.merge` refuses, and for an output that exists.
     """
     options = config.merging
-    assert options.output is not None
-    weights = _weights(options.loras, options.weights)
-    file.require_new_file(options.output, example=options.loras[0], overwrite=options.overwrite)
-    done = file.merge(
+    if len(options.loras) < 2:
+        raise HyimgError(
+            f"there is nothing to merge `{options.loras[0]}` with",
+            hint="name two LoRA files or more, then `--weights`",
+        )
+    weights = multipliers_of(options.loras, options.weights, report, option="--weights")
+    conversion.require_new_file(options.output, example=options.loras[0], overwrite=options.overwrite)
+    done = conversion.merge(
         list(zip(options.loras, weights, strict=True)),
         options.output,
         to=options.to,
@@ -29,22 +31,8 @@ def merge(config: MergeConfig, report: Reporter) -> file.Conversion:
     )
     parts = " + ".join(f"{weight:g} * {path}" for path, weight in zip(options.loras, weights, strict=True))
     report.note(f"{options.output}: {count_text(done.num_modules, 'module')}, {parts}")
-    for line in file.describe(done):
+    for warning in done.warnings:
+        report.warning(warning)
+    for line in conversion.describe(done):
         report.note(line)
     return done
-
-
-def _weights(loras: Sequence[Path], weights: Sequence[float]) -> Sequence[float]:
-    if len(loras) < 2:
-        raise HyimgError(
-            f"there is nothing to merge `{loras[0]}` with",
-            hint="name two LoRA files or more, then `--weights`",
-        )
-    if len(weights) in (0, 1):
-        return (*weights, 1.0)[:1] * len(loras)
-    if len(weights) != len(loras):
-        raise HyimgError(
-            f"{count_text(len(weights), 'value')} of `--weights` for {count_text(len(loras), 'LoRA file')}",
-            hint="give one for each file, one for all, or none (1)",
-        )
-    return weights

@@ -1,79 +1,74 @@
-"""`hyimg train`: a frozen DiT and a LoRA on cached latents and texts. Reads no image and no encoder.
+"""`hyimg train`: trains a LoRA on a frozen DiT from cached latents and texts; reads no image and no text encoder.
 
-The story: check everything, open the caches, load the DiT, attach the network, run the loop.
+In order: check everything, open the caches, load the DiT, attach the network, run the loop.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from hyimg.cache.identity import file_identity
-from hyimg.cache.text import TextStore
+from hyimg.cache.atomic import NO_ROOM, WriteError
+from hyimg.cache.hashing import file_identity
+from hyimg.cache.own_files import require_no_links
+from hyimg.cache.prompt_embeddings import TextStore
 from hyimg.config.commands import TrainConfig
-from hyimg.data.batches import epoch_batches
-from hyimg.data.caption_transforms import caption_transform_flags
-from hyimg.data.describe import describe_datasets
-from hyimg.data.plan import latent_store_for_training, text_store_for_training
-from hyimg.data.training_data import BatchLoader, TrainingData
+from hyimg.config.load import replace as with_config
+from hyimg.config.values import plain_name_problem
+from hyimg.data.batches import BatchLoader, TrainingData, lost_workers_explained
+from hyimg.data.caching import latent_store_for_training, text_store_for_training
+from hyimg.data.captions import caption_transform_flags
+from hyimg.data.samples import Sample, epoch_batches
 from hyimg.data.workspace import Workspace
-from hyimg.errors import DivergedError, StoppedError, Terminated
-from hyimg.memory.device import compute_dtype
-from hyimg.memory.launch import asks_for_launch, launch
-from hyimg.memory.out_of_memory import Place, explained, training_changes
-from hyimg.memory.reduction import process_group
-from hyimg.memory.swap_plan import max_blocks_to_swap
-from hyimg.model.dit import DiT
-from hyimg.model.header_check import read_dit
-from hyimg.model.safetensors_file import Checkpoint
+from hyimg.distributed.collectives import process_group
+from hyimg.distributed.launch import asks_for_launch, launch
+from hyimg.distributed.processes import without_settings
+from hyimg.errors import DivergedError, FullMemory, StoppedError, Terminated, work_has_begun
+from hyimg.hookspecs import Stateful
+from hyimg.memory.out_of_memory import explain_oom, training_changes
+from hyimg.memory.swap import max_blocks_to_swap
 from hyimg.report import Reporter, count_text
-from hyimg.training.ema import AdapterEMA
-from hyimg.training.evaluation_setup import make_evaluation
-from hyimg.training.evaluation_weights import averaged_weights
-from hyimg.training.exchange import Exchange
-from hyimg.training.identity import run_identity
-from hyimg.training.length_options import begin_at, initial_step, with_epochs_between_saves
+from hyimg.reports.timestep_plot import show_timesteps
+from hyimg.training.ema import AdapterEMA, averaged_weights
+from hyimg.training.evaluation import Evaluation
+from hyimg.training.fingerprint import run_fingerprint
 from hyimg.training.loop import train_loop
-from hyimg.training.metadata import hash_metadata, training_metadata
+from hyimg.training.metadata import describe_datasets, fixed_metadata, hash_metadata
 from hyimg.training.metrics import MetricsLog
 from hyimg.training.network_setup import describe_rates, merging_placement
-from hyimg.training.nonfinite import NonFiniteGuard
-from hyimg.training.objective import Objective
-from hyimg.training.preparation import Preparation, open_encoders, open_training_workspace, prepare
-from hyimg.training.preservation import (
-    Preservation,
+from hyimg.training.objective import (
+    Objective,
+    OutputPreservation,
     class_caption_flags,
     class_captions_to_read,
-    reader,
-    terms_of,
+    preservation_terms,
+    prompt_reader,
 )
-from hyimg.training.resume import Stateful
+from hyimg.training.preparation import Preparation, open_encoders, open_training_workspace, prepare
+from hyimg.training.previews import preview_prompts, sample_prompt_flags
+from hyimg.training.resume import LATEST, OptimizerPart, generators_part, network_part
 from hyimg.training.run import Run
-from hyimg.training.samples import prompts_of_samples, sample_prompt_flags
-from hyimg.training.state_parts import OptimizerPart, generators_part, network_part
-from hyimg.training.steps import Schedule
-from hyimg.training.timestep_plot import show_timesteps
-from hyimg.training.trackers import TrackedRun, start_trackers, tracker_names
+from hyimg.training.saving import check_space_of_run, is_finished, resumable_error, warn_of_unreached_saves
+from hyimg.training.stepping import NonFiniteGuard
+from hyimg.training.steps import Schedule, epochs_between_saves, initial_step
+from hyimg.training.trackers import WANDB, TrackedRun, start_trackers, tracker_names
 
-# What torch gives gloo; its 10 for NCCL are little where one process saves to a slow disk
+# torch's default for gloo; the 10 for NCCL are few when one process saves to a slow disk
 _MINUTES_TO_WAIT = 30
-
-_SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left: its files in the order of saving, its length, and the seed that it used."""
+    """The files of a run in the order of saving, its number of steps, and its seed."""
 
     saved: list[Path]
     num_steps: int
@@ -81,10 +76,10 @@ class TrainResult:
 
 
 def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None = None) -> TrainResult:
-    """Trains a LoRA from start to end. `prepared` is what `prepare` gave, where that was called before.
+    """Trains a LoRA. `prepared` is the result of `prepare`, if that was called before.
 
     Raises HyimgError for wrong input, a used output name or missing cache entries before the DiT is read, and
-    RunError where the run fails.
+    RunError if the run fails.
     """
     if prepared is None and asks_for_launch(config.duration.num_processes):
         return launch(train, config, report, num_processes=config.duration.num_processes)
@@ -97,76 +92,116 @@ def train(config: TrainConfig, report: Reporter, *, prepared: Preparation | None
         return TrainResult([], 0, prepared.seed)
     if config.flow.show_timesteps is not None:
         if processes.is_main:
-            show_timesteps(prepared, report)
+            show_timesteps(config.flow, prepared.timestep_sampler, prepared.seed, report)
         return TrainResult([], 0, prepared.seed)
-    with processes.main_first():  # which reads the models' files for their hashes, and remembers those
+    with processes.main_first():  # it reads the model files for their hashes, and caches those
         workspace = open_training_workspace(config, report, prepared.caption_transforms)
         loader, texts = _open_data(prepared, workspace, report)
-    schedule = _schedule(prepared, workspace)
-    config = with_epochs_between_saves(config, schedule)
-    prepared, first_step = replace(prepared, config=config), initial_step(config, schedule)
-    identity = run_identity(config, loader.data, schedule)
+    samples, schedule = workspace.found.samples, _schedule(prepared, workspace.found.samples)
+    config = with_config(
+        config,
+        save_every_n_epochs=epochs_between_saves(config.saving, schedule),
+        save_n_epoch_ratio=None,
+        text_encoder_dtype=texts.dtype,  # of the entries that are read, so that the run file repeats the run
+    )
+    prepared, first_step = replace(prepared, config=config), initial_step(config.duration, schedule)
+    fingerprint = run_fingerprint(config, loader.data, schedule)
     resumed = prepared.resumed
     if resumed is not None:
-        resumed.check(identity, processes)
+        resumed.check(fingerprint, processes)
+        if processes.broadcast(is_finished(resumed, folder, config.saving, schedule)):
+            if processes.is_main:
+                folder.clean_up()
+            report.note(
+                f"nothing left to train: `{resumed.saved.path}` is the state of the last step, {resumed.step}; "
+                "raise `--max_train_steps` or `--max_train_epochs` to train on"
+            )
+            return TrainResult([], resumed.step, prepared.seed)
     prepared.optimization.check_length(schedule.max_steps, report)
-    _tell(prepared, workspace, schedule, report)
+    warn_of_unreached_saves(config.saving, schedule.max_steps, report)
+    _log_summary(prepared, samples, texts, schedule, report)
+    metadata = fixed_metadata(
+        config,
+        samples,
+        describe_datasets(workspace.dataset_file, samples),
+        report,
+        num_validation_images=len(workspace.found.validation),
+        hashes=hash_metadata(config.dit.dit, config.vae.vae, workspace.index),
+    )
 
-    state_path = resumed.saved.path if resumed is not None else None
     processes.wait()  # until all have seen the folder as it was
-    claimed: AbstractContextManager[None] = nullcontext()
-    if processes.is_main:
-        claimed = folder.claim(config, overwrite=config.saving.overwrite, resumed=state_path)
-    timeout = timedelta(minutes=config.hub.ddp_timeout or _MINUTES_TO_WAIT)
-    group = process_group(processes, prepared.device, timeout)
-    with claimed, explained(partial(_changes_for_memory, prepared)), group:
-        run = _make_run(prepared, workspace, loader, texts, schedule, identity, report)
+    with ExitStack() as stack:
+        if processes.is_main:
+            stack.enter_context(_claim(prepared, texts))
+        stack.enter_context(lost_workers_explained())
+        stack.enter_context(explain_oom(partial(_changes_for_memory, prepared)))
+        timeout = timedelta(minutes=config.hub.ddp_timeout or _MINUTES_TO_WAIT)
+        stack.enter_context(process_group(processes, prepared.device, timeout))
+        run = _load_run(prepared, schedule, loader, texts, fingerprint, metadata, report)
         if resumed is None:
-            begin_at(run, first_step)
+            run.skip_to(first_step)
+        evaluation = Evaluation(run, workspace)
         processes.wait()  # one may have read the model much faster than another
-        try:
-            _run_to_its_end(run)
-        except (KeyboardInterrupt, Terminated):
-            last = f"the last saved file is {run.last_saved}" if run.last_saved else "nothing was saved yet"
-            report.warning(f"stopped after step {run.step} of {schedule.max_steps}; {last}")
-            raise
-        except (StoppedError, DivergedError):
-            processes.wait()  # the first process that ends may end all: not before the main one has sent and told
-            raise
-    return TrainResult(run.saved, run.step, prepared.seed)
+        check_space_of_run(run)
+        _run_loop(run, evaluation)
+    return TrainResult(run.saved, run.step, run.seed)
 
 
-def _run_to_its_end(run: Run) -> None:
-    """The loop, and what is under way after it: uploads, and what trackers still have to send."""
+def _run_loop(run: Run, evaluation: Evaluation) -> None:
+    """The loop, then pending uploads and trackers; errors and signals are reported with the way to continue."""
     try:
-        with run.metrics, run.uploads or nullcontext():
-            train_loop(run)
-    finally:
-        for tracker in run.accelerator.trackers:
-            tracker.finish()
+        try:
+            with work_has_begun(), run.metrics, run.uploads or nullcontext():
+                train_loop(run, evaluation)
+        finally:
+            for tracker in run.accelerator.trackers:
+                tracker.finish()
+    except (WriteError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_ROOM:
+            raise
+        raise resumable_error(run, error, run.prepared.logging_dir) from error
+    except (KeyboardInterrupt, Terminated):
+        last = f"the last saved file is {run.last_saved}" if run.last_saved else "nothing was saved yet"
+        run.report.warning(f"stopped after step {run.step} of {run.schedule.max_steps}; {last}")
+        raise
+    except (StoppedError, DivergedError):
+        run.processes.wait()  # the first to end may end all: the main process must have uploaded and reported first
+        raise
 
 
-def _make_run(
+def _claim(prepared: Preparation, texts: TextStore) -> AbstractContextManager[None]:
+    """Claims the run folder; the run file states the precision of the run."""
+    config, resumed = prepared.config, prepared.resumed
+    line = prepared.precision.line(*prepared.models_run, cached_text=texts.dtype)
+    return replace(prepared.folder, heading=line).claim(
+        config,
+        overwrite=config.saving.overwrite,
+        resumed=resumed.saved.path if resumed is not None else None,
+        restarts=config.saving.resume == LATEST,
+    )
+
+
+def _load_run(
     prepared: Preparation,
-    workspace: Workspace,
+    schedule: Schedule,
     loader: BatchLoader,
     texts: TextStore,
-    schedule: Schedule,
-    identity: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
+    metadata: Mapping[str, str],
     report: Reporter,
 ) -> Run:
-    """Loads the DiT, attaches the network, and puts everything where the state to go on from has it."""
-    config, resumed = prepared.config, prepared.resumed
-    assert config.dit.dit is not None
-    dit = _load_dit(prepared, report)
-    optimization = prepared.optimization
+    """Loads the DiT, attaches the network, and restores everything from the state of a resumed run."""
+    config, resumed, optimization = prepared.config, prepared.resumed, prepared.optimization
+    dit = prepared.dit.load(
+        report,
+        around=lambda placement: merging_placement(config.network_training, prepared.arch, placement, report),
+    )
     network = prepared.network.build(
-        dit, seed=prepared.seed, device=prepared.device, dtype=optimization.adapter_dtype
+        dit, seed=prepared.seed, device=prepared.device, dtype=prepared.precision.adapters
     )
     groups = network.rate_groups(optimization.learning_rate, prepared.network.args.loraplus_lr_ratio)
     report.note(describe_rates(groups))
     stepper = optimization.stepper([group.options() for group in groups], schedule.max_steps)
-    ema = AdapterEMA(network, config.saving.ema_decay) if config.saving.ema_decay else None
     objective = Objective(
         dit,
         prepared.loss,
@@ -175,72 +210,75 @@ def _make_run(
         prepared.seed,
         posterior_mean=config.caching.latent_sampling == "mean",
     )
-    # made after the schedule, which has put the first step's rate into the optimiser's groups
+    # after the LR scheduler, which has put the first step's rate into the optimiser's groups
     optimizer_part = OptimizerPart(stepper.optimizer, report).part
     log_name = _log_name(prepared)
     started = resumed.started if resumed is not None else time.time()
     run = Run(
-        config=config,
-        seed=prepared.seed,
-        folder=prepared.folder,
+        prepared=prepared,
+        report=report,
         schedule=schedule,
         loader=loader,
         objective=objective,
         network=network,
         stepper=stepper,
         accelerator=_accelerator(prepared, log_name, started, report),
-        plugins=prepared.plugins,
         metrics=MetricsLog(
             prepared.folder.metrics_path,
-            resumed.saved.metrics() if resumed is not None else "",
+            resumed.restore_log if resumed is not None else None,
             writes=prepared.processes.is_main,
         ),
-        report=report,
-        describe=_describer(config, workspace, started),
-        save_dtype=_SAVE_DTYPES[config.saving.save_precision],
-        preservation=Preservation(objective, network, terms_of(config), reader(texts)),
-        ema=ema,
+        preservation=OutputPreservation(
+            objective,
+            network,
+            preservation_terms(config.preservation, config.class_captions),
+            prompt_reader(texts),
+        ),
         guard=NonFiniteGuard(
             skip=config.saving.on_nan == "skip",
-            image_paths={sample.key: sample.image_path for sample in workspace.found.samples},
+            image_paths={sample.key: sample.image_path for sample in loader.data.samples},
+            is_fp16=prepared.precision.mixed_precision == "fp16",
         ),
-        evaluation=make_evaluation(prepared, workspace, loader.data, objective),
-        identity=identity,
+        fingerprint=fingerprint,
+        metadata=metadata,
         log_name=log_name,
         started=started,
-        exchange=Exchange(prepared.processes, prepared.device),
-        resumed=resumed,
-        uploads=prepared.uploads,
+        ema=AdapterEMA(network, config.saving.ema_decay) if config.saving.ema_decay else None,
     )
-    _take_up(run, optimizer_part)
+    _restore(run, optimizer_part)
     return run
 
 
-def _take_up(run: Run, optimizer_part: Stateful) -> None:
-    """Gives the run its parts, which its states hold, each at once where the state to go on from has it."""
+def _restore(run: Run, optimizer_part: Stateful) -> None:
+    """Registers the parts of the run's states, each of which is restored at once in a resumed run."""
     if run.resumed is not None:
         run.step = run.resumed.step
+        run.validation_seed = run.resumed.validation_seed
         run.epoch = run.schedule.first_epoch(after_step=run.resumed.step, ended=run.resumed.epoch) - 1
-    run.remember(network_part(run.network))
-    run.remember(optimizer_part)
-    for name, part in (("scheduler", run.stepper.scheduler), ("scaler", run.stepper.scaler)):
+    run.register_state(network_part(run.network))
+    run.register_state(optimizer_part)
+    for name, part in (
+        ("scheduler", run.stepper.scheduler),
+        ("scaler", run.stepper.scaler),
+        ("ema", run.ema),
+        ("losses", run.losses),
+        ("guard", run.guard),
+    ):
         if part is not None:
-            run.remember(Stateful(name, part.state_dict, part.load_state_dict))
+            run.register_state(Stateful(name, part.state_dict, part.load_state_dict))
+    run.register_state(generators_part(run.device))
     if run.ema is not None:
-        run.remember(Stateful("ema", run.ema.state_dict, run.ema.load_state_dict))
         run.evaluation_modes.append(run.ema.swapped_in)
-    run.evaluation_modes.append(partial(averaged_weights, run.stepper.optimizer))
-    run.remember(Stateful("losses", run.losses.state_dict, run.losses.load_state_dict))
-    run.remember(Stateful("guard", run.guard.state_dict, run.guard.load_state_dict))
-    run.remember(generators_part(run.exchange.device))
+    run.evaluation_modes.append(partial(averaged_weights, run.optimizer))
 
 
 def _open_data(
     prepared: Preparation, workspace: Workspace, report: Reporter
 ) -> tuple[BatchLoader, TextStore]:
-    """The caches, complete and each of one model; raises HyimgError with the command to run where they are not."""
+    """The caches; raises HyimgError, with the command to run, unless they are complete and each of one model."""
     config, samples = prepared.config, workspace.found.samples
-    encoders = open_encoders(config, workspace)
+    dtypes = prepared.precision.text_entries
+    encoders = open_encoders(config.encoders, prepared.precision, workspace.index)
     latents = latent_store_for_training(
         workspace.latents_dir,
         workspace.all_samples,
@@ -252,11 +290,16 @@ def _open_data(
     texts = text_store_for_training(
         workspace.text_dir,
         workspace.all_samples,
-        [*prompts_of_samples(config.validation), *class_captions_to_read(config, samples, report)],
+        [
+            *preview_prompts(config.validation),
+            *class_captions_to_read(config.preservation, config.class_captions, samples, report),
+        ],
         index=workspace.index,
-        identity=encoders.identity if encoders is not None else None,
+        identities=[own.identity for own in encoders.in_dtypes(dtypes)] if encoders is not None else None,
+        dtypes=dtypes,
+        first=prepared.resumed.text_cache if prepared.resumed is not None else None,
         dataset_config=config.dataset.dataset_config,
-        flags=class_caption_flags(config)
+        flags=class_caption_flags(config.preservation, config.class_captions)
         + sample_prompt_flags(config.validation)
         + caption_transform_flags(config.dataset, config.common.plugin),
         skip_check=config.caching.skip_cache_check,
@@ -269,32 +312,34 @@ def _open_data(
     return loader, texts
 
 
-def _schedule(prepared: Preparation, workspace: Workspace) -> Schedule:
+def _schedule(prepared: Preparation, samples: Sequence[Sample]) -> Schedule:
+    seed, duration = prepared.seed, prepared.config.duration
     return Schedule.plan(
-        lambda epoch: epoch_batches(workspace.found.samples, seed=prepared.seed, epoch=epoch),
+        lambda epoch: epoch_batches(samples, seed=seed, epoch=epoch),
         accumulation=prepared.config.optimizer.gradient_accumulation_steps * prepared.processes.world,
-        max_train_steps=prepared.config.duration.max_train_steps,
-        max_train_epochs=prepared.config.duration.max_train_epochs,
+        max_train_steps=duration.max_train_steps,
+        max_train_epochs=duration.max_train_epochs,
     )
 
 
-def _tell(prepared: Preparation, workspace: Workspace, schedule: Schedule, report: Reporter) -> None:
-    config, arch, samples = prepared.config, prepared.arch, workspace.found.samples
+def _log_summary(
+    prepared: Preparation, samples: Sequence[Sample], texts: TextStore, schedule: Schedule, report: Reporter
+) -> None:
+    """Reports the model, precision, memory, network, data and length of the run."""
+    arch = prepared.arch
     report.note(
-        f"model: {arch.num_double}+{arch.num_single} blocks, hidden {arch.hidden}, "
-        f"{config.compute.mixed_precision} on {prepared.device}"
+        f"model: {arch.num_double}+{arch.num_single} blocks, hidden {arch.hidden}, on {prepared.device}"
     )
-    assert config.dit.dit is not None
-    computes_in = compute_dtype(config.compute.mixed_precision)
-    report.note(prepared.dit_options.describe(config.dit.dit, prepared.device, computes_in))
+    prepared.precision.log(report, *prepared.models_run, cached_text=texts.dtype)
+    report.note(prepared.dit.describe())
     report.note(f"network: {prepared.network.describe()}")
     report.note(
-        f"data: {count_text(len(samples), 'image')}, {sum(s.num_repeats for s in samples)} an epoch with repeats, "
+        f"data: {count_text(len(samples), 'image')}, {sum(s.num_repeats for s in samples)} per epoch with repeats, "
         f"{schedule.batches_per_epoch} batches"
     )
     if prepared.processes.world > 1:
         report.note(
-            f"processes: {prepared.processes.world}, which share each step's {schedule.accumulation} batches"
+            f"processes: {prepared.processes.world}, sharing each step's {schedule.accumulation} batches"
         )
     report.note(
         f"run: {count_text(schedule.max_steps, 'step')} in {count_text(schedule.num_epochs, 'epoch')}, "
@@ -302,74 +347,52 @@ def _tell(prepared: Preparation, workspace: Workspace, schedule: Schedule, repor
     )
     if prepared.resumed is not None:
         report.note(
-            f"resumed: {count_text(prepared.resumed.step, 'step')} done, from {prepared.resumed.saved.path}"
+            f"resumed after {count_text(prepared.resumed.step, 'step')} from {prepared.resumed.saved.path}"
         )
 
 
-def _load_dit(prepared: Preparation, report: Reporter) -> DiT:
-    config = prepared.config
-    assert config.dit.dit is not None
-    return prepared.dit_options.load(
-        config.dit.dit,
-        prepared.device,
-        compute_dtype(config.compute.mixed_precision),
-        report,
-        mmap=not config.compute.disable_mmap_load_safetensors,
-        around=lambda placement: merging_placement(config, prepared.arch, placement, report),
-    )
-
-
-def _changes_for_memory(prepared: Preparation, place: Place) -> list[str]:
-    """What to change where memory runs out."""
-    config = prepared.config
-    assert config.dit.dit is not None
+def _changes_for_memory(prepared: Preparation, place: FullMemory) -> list[str]:
+    """What to change when memory runs out."""
     return training_changes(
-        config.memory,
-        config.training_memory,
+        prepared.config.memory,
+        prepared.config.training_memory,
         place,
         most_blocks=max_blocks_to_swap(prepared.arch),
-        is_fp8_file=read_dit(Checkpoint.open(config.dit.dit)).quantization is not None,
+        is_fp8_file=prepared.dit.is_fp8_file,
         on_cpu=prepared.device.type == "cpu",
     )
 
 
 def _log_name(prepared: Preparation) -> str:
-    """The folder that trackers write into; a resumed run goes on in its own, where that is still there."""
-    if prepared.resumed is not None and (prepared.logging_dir / prepared.resumed.log_name).is_dir():
-        return prepared.resumed.log_name
+    """The folder that trackers write into; a resumed run keeps its own if that still exists."""
+    if prepared.resumed is not None:
+        # a state may come from anyone: its name must not lead to another folder
+        name = prepared.resumed.log_name
+        if plain_name_problem(name) is None and (prepared.logging_dir / name).is_dir():
+            return name
     config = prepared.config
     return f"{config.logging.log_prefix}{config.saving.output_name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _accelerator(prepared: Preparation, log_name: str, started: float, report: Reporter) -> Accelerator:
-    """Accelerate carries the device and the trackers.
+    """Accelerate provides the trackers.
 
-    The loop calls backward itself and the precision is ours, so that nothing in a launcher's environment (its
-    accumulation or mixed precision) changes a gradient.
+    The loop calls backward itself and sets its own precision, so that nothing in a launcher's environment
+    (accumulation, mixed precision) changes a gradient.
     """
-    set_seed(prepared.seed % 2**32)  # for what a plugin may draw from the global generators
+    set_seed(prepared.seed % 2**32)  # for plugins that use the global generators
     directory = prepared.logging_dir / log_name
-    accelerator = Accelerator(
-        cpu=prepared.device.type == "cpu",
-        mixed_precision="no",
-        log_with=tracker_names(prepared.config.logging) or None,
-        project_dir=str(directory),
-    )
-    tracked = TrackedRun(prepared.config, log_name, directory, started, prepared.resumed)
+    logging, root = prepared.config.logging, prepared.config.logging.logging_dir or prepared.folder.directory
+    for name in (logging.log_tracker_name, WANDB) if tracker_names(logging) else ():
+        require_no_links(directory / name, root=root)
+    with without_settings():
+        accelerator = Accelerator(
+            cpu=prepared.device.type == "cpu",
+            mixed_precision="no",
+            log_with=tracker_names(prepared.config.logging) or None,
+            project_dir=str(directory),
+        )
+    resumed_step = prepared.resumed.step if prepared.resumed is not None else None
+    tracked = TrackedRun(prepared.config, log_name, directory, started, resumed_step)
     start_trackers(accelerator, tracked, report)
     return accelerator
-
-
-def _describer(
-    config: TrainConfig, workspace: Workspace, started: float
-) -> Callable[[Run], Mapping[str, str]]:
-    samples = workspace.found.samples
-    datasets: list[dict[str, Any]] = describe_datasets(workspace.dataset_file, samples)
-    return partial(
-        training_metadata,
-        samples=samples,
-        dataset=datasets,
-        started=started,
-        num_validation_images=len(workspace.found.validation),
-        hashes=hash_metadata(config.dit.dit, config.vae.vae, workspace.index),
-    )

@@ -1,7 +1,7 @@
-"""An exponential moving average of the adapter (`--ema_decay`): what is saved, sampled and validated with.
+"""Averages of the weights, used for saving, samples and validation: `--ema_decay`, and schedule-free optimisers.
 
-After step n the average a becomes d*a + (1-d)*w with d = min(decay, (1+n)/(10+n)), so that it is not held
-back by the fresh weights it starts at (the schedule of TensorFlow's and diffusers' averages).
+After step n the average a becomes d*a + (1-d)*w with d = min(decay, (1+n)/(10+n)), so that early
+averages forget the initial weights (as in TensorFlow and diffusers).
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hyimg.errors import HyimgError
+from hyimg.training.optimizers import has_modes
 
 
 class AdapterEMA:
@@ -32,7 +34,7 @@ class AdapterEMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the parameters in; call it after each optimiser step."""
+        """Updates the average; call it after each optimiser step."""
         self.num_updates += 1
         weight = 1 - min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         values = [parameter.detach().float() for parameter in self._parameters.values()]
@@ -40,7 +42,7 @@ class AdapterEMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """A block in which the parameters are the averages; nothing is copied, and nothing may be trained."""
+        """A block in which the parameters are the averages, swapped without a copy; do not train in it."""
         self._swap()
         try:
             yield
@@ -56,11 +58,33 @@ class AdapterEMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises HyimgError for averages of other parameters."""
+        """Raises HyimgError if the averages belong to other parameters."""
         averages: Mapping[str, Tensor] = state["averages"]
         own = {name: average.shape for name, average in self._averages.items()}
         if own != {name: average.shape for name, average in averages.items()}:
-            raise HyimgError("the saved average of the adapter is of another network")
+            raise HyimgError("the saved average belongs to a different network")
         for name, average in self._averages.items():
             average.copy_(averages[name])
         self.num_updates = int(state["num_updates"])
+
+
+@contextmanager
+def averaged_weights(optimizer: Optimizer) -> Iterator[None]:
+    """A block in which the parameters hold the average that the optimiser keeps (x of arXiv 2405.15682).
+
+    They are restored exactly from a copy: switching back and forth by the optimiser's own `eval` and `train` would
+    round, so that saving would change the run. Does nothing for an optimiser without modes.
+    """
+    if not has_modes(optimizer):
+        yield
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p.detach().clone() for p in parameters]
+    optimizer.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        optimizer.train()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            for parameter, values in zip(parameters, trained, strict=True):
+                parameter.copy_(values)

@@ -1,40 +1,52 @@
-"""What a training step minimises: from a batch's cached entries to one loss an image.
+"""What a training step minimises: from a batch of cache entries to one loss per image, and output preservation.
 
 Every draw (posterior, noise, timestep, perturbation) is keyed by (seed, epoch, sample, repeat), so an image's
-loss does not depend on the batch around it, on the device or on what was trained before.
+loss does not depend on the other images of its batch, on the device or on earlier training.
 
 Shapes: B batch, C latent channels, H W latent height and width
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from hyimg.config.flow import FlowMatching
-from hyimg.data.training_data import LoadedBatch
+from hyimg.cache.prompt_embeddings import PromptEmbedding, TextStore
+from hyimg.config.training import ClassCaptions, FlowMatching
+from hyimg.config.training import Preservation as PreservationOptions
+from hyimg.data.batches import LoadedBatch
+from hyimg.data.samples import EMPTY_PROMPT, Sample, check_class_captions, class_caption, class_captions
 from hyimg.errors import HyimgError, RunError
 from hyimg.flow.losses import LossContext
-from hyimg.flow.noise import ip_noise_strength, latent_noise
-from hyimg.flow.schedule import timesteps
-from hyimg.flow.targets import add_noise, apply_prediction_type, perturb_noise, velocity_target
-from hyimg.flow.timesteps import TimestepContext, TimestepSampler, draw, sample_sigmas
-from hyimg.flow.weighting import loss_weighting
-from hyimg.model.conditioning import TextCondition, collate
-from hyimg.model.dit import DiT
+from hyimg.flow.targets import (
+    add_noise,
+    apply_prediction_type,
+    ip_noise_strength,
+    latent_noise,
+    loss_weighting,
+    perturb_noise,
+    velocity_target,
+)
+from hyimg.flow.timesteps import TimestepContext, TimestepSampler, draw, sample_sigmas, timesteps
+from hyimg.lora.network import AdapterNetwork
+from hyimg.model.dit import DiT, TextCondition, collate
+from hyimg.plugins.guard import check_tensor, guarded
+from hyimg.report import Reporter, count_text
 
 Loss = Callable[[Tensor, Tensor, LossContext], Tensor]
 
 DISTILLED_GUIDANCE = 3.25
-"""The guidance scale that a distilled model is told, as in rendering (spec: official default)."""
+"""The guidance scale given to a distilled model, as in rendering (official default)."""
 
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """The keyed draws of a batch, float32 on the CPU: clean latent, noise, the noise that is mixed in, sigma."""
+    """The keyed draws of a batch, float32 on the CPU: clean latent, noise, the noise to mix in, and sigma (0..1)."""
 
     latent_BCHW: Tensor
     noise_BCHW: Tensor
@@ -42,13 +54,13 @@ class NoisedBatch:
     sigma_B: Tensor
 
     def noisy(self) -> Tensor:
-        """What the model is shown."""
+        """The model's input, float32 BCHW."""
         return add_noise(self.latent_BCHW, self.mixed_noise_BCHW, self.sigma_B)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a DiT on a batch. `posterior_mean` takes the VAE's mean in place of a sample."""
+    """The loss of a DiT on a batch. `posterior_mean` uses the VAE's mean instead of a posterior sample."""
 
     dit: DiT
     loss: Loss
@@ -58,7 +70,8 @@ class Objective:
     posterior_mean: bool = False
 
     def __call__(self, batch: LoadedBatch, epoch: int) -> tuple[Tensor, Tensor]:
-        """(loss_B, sigma_B): the weighted loss of each image with its graph, and its noise level; float32."""
+        """(loss_B, sigma_B): each image's weighted loss, on the DiT's device with its graph, and its noise level
+        (0..1), on the CPU; float32."""
         drawn = self.draw(batch, epoch)
         mask_BHW = batch.alpha_mask_BHW
         weight_map_B1HW = None if mask_BHW is None else mask_BHW[:, None]
@@ -66,7 +79,7 @@ class Objective:
         return loss_B * batch.weights_B.to(loss_B.device), drawn.sigma_B
 
     def draw(self, batch: LoadedBatch, epoch: int | str) -> NoisedBatch:
-        """Everything random about a batch, by key; `epoch` is a word outside of training ("validation")."""
+        """All random values of a batch, by key; `epoch` is a word outside of training ("validation")."""
         samples = list(zip(batch.sample_keys, batch.repeats, strict=True))
         keys = [(self.seed, epoch, key, repeat) for key, repeat in samples]
         shape = batch.mean_BCHW.shape[1:]
@@ -93,7 +106,10 @@ class Objective:
     def evaluate(
         self, drawn: NoisedBatch, text: TextCondition, weight_map_B1HW: Tensor | None = None
     ) -> Tensor:
-        """loss_B of given draws, float32, weighted by noise level but not by sample."""
+        """loss_B for given draws, float32 on the DiT's device, weighted by noise level but not by sample.
+
+        Raises RunError if the loss function, possibly a plugin's, raises or does not return one value per image.
+        """
         device = self.dit.device
         sigma_B = drawn.sigma_B.to(device)
         noisy_BCHW = drawn.noisy().to(device)
@@ -105,36 +121,18 @@ class Objective:
             sigma_B,
             self.flow.model_prediction_type,  # type: ignore[arg-type]
         )
-        weights = None if weight_map_B1HW is None else weight_map_B1HW.to(device)
-        loss_B = self._measure(
-            prediction_BCHW, target_BCHW, LossContext(sigma_B, timesteps(sigma_B), weights)
-        )
+        weight_map_B1HW = None if weight_map_B1HW is None else weight_map_B1HW.to(device)
+        context = LossContext(sigma_B, timesteps(sigma_B), weight_map_B1HW)
+        with guarded("the loss failed", hint="fix the plugin", error=RunError):
+            loss_B = self.loss(prediction_BCHW, target_BCHW, context)
+        hint = "a loss is `(prediction, target, context) -> (B,)`, differentiable"
+        check_tensor(loss_B, sigma_B.shape, "the loss returned", hint=hint, error=RunError)
+        if loss_B.requires_grad != prediction_BCHW.requires_grad:
+            raise RunError("the loss returned a value without a gradient", hint=hint)
         return loss_B * loss_weighting(sigma_B, self.flow.weighting_scheme, self.flow.model_prediction_type)
 
-    def _measure(self, prediction_BCHW: Tensor, target_BCHW: Tensor, context: LossContext) -> Tensor:
-        """The loss function's answer, checked: it may be a plugin's."""
-        try:
-            loss_B = self.loss(prediction_BCHW, target_BCHW, context)
-        except HyimgError:
-            raise
-        except Exception as error:
-            raise RunError(
-                f"the loss failed: {type(error).__name__}: {error}", hint="mend the plugin"
-            ) from error
-        if (
-            not isinstance(loss_B, Tensor)
-            or loss_B.shape != context.sigma_B.shape
-            or loss_B.requires_grad != prediction_BCHW.requires_grad
-        ):
-            shape = list(loss_B.shape) if isinstance(loss_B, Tensor) else type(loss_B).__name__
-            raise RunError(
-                f"the loss gave {shape} for {len(context.sigma_B)} images, not one differentiable value for each",
-                hint="a loss is `(prediction, target, context) -> (B,)`",
-            )
-        return loss_B
-
     def predict(self, noisy_BCHW: Tensor, sigma_B: Tensor, text: TextCondition) -> Tensor:
-        """The DiT's answer; a distilled one is told guidance 3.25 and, as the end of its step, its start."""
+        """The DiT's output BCHW, in its dtype. A distilled model gets guidance 3.25, and its start time as end time."""
         arch = self.dit.arch
         timestep_B = timesteps(sigma_B)
         guidance_B = torch.full_like(timestep_B, DISTILLED_GUIDANCE * 1000) if arch.guidance_embed else None
@@ -149,7 +147,7 @@ class Objective:
 
 
 def timestep_context(flow: FlowMatching, latent_height: int, latent_width: int) -> TimestepContext:
-    """What a timestep sampler is told of a batch of that latent size."""
+    """The context of a timestep sampler for a batch of that latent size."""
     return TimestepContext(
         latent_height=latent_height,
         latent_width=latent_width,
@@ -160,3 +158,104 @@ def timestep_context(flow: FlowMatching, latent_height: int, latent_width: int) 
         logit_std=flow.logit_std,
         mode_scale=flow.mode_scale,
     )
+
+
+# The weight of a preservation loss, and the prompt that it uses in place of an image's own
+PreservationTerm = tuple[float, Callable[[str], str]]
+
+_CACHED_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class OutputPreservation:
+    """Output preservation: a loss that holds the adapted model to the base model where the LoRA should change nothing.
+
+    At the same noisy latent and time, the adapted model's output for another prompt is compared with the base
+    model's: for the empty prompt (`--blank_prompt_preservation`), or for the caption with the class instead of the
+    trigger word, "a woman in a park" for "ohwx woman in a park" (`--diff_output_preservation`). Both follow
+    ai-toolkit, and so does the loss, the mean squared difference. Each adds two forward passes and one backward pass
+    per batch. `read` returns the prompt embedding of a prompt.
+    """
+
+    objective: Objective
+    network: AdapterNetwork
+    terms: Sequence[PreservationTerm]
+    read: Callable[[str], PromptEmbedding]
+
+    def losses(self, batch: LoadedBatch, epoch: int) -> Iterator[Tensor]:
+        """loss_B of each term, weighted, float32, with its graph.
+
+        Call backward on each before taking the next, so that only one graph is held. Noise and timesteps are those
+        of the objective; the network must have the batch's multiplier and dropout key.
+        """
+        if not self.terms:
+            return
+        dit = self.objective.dit
+        drawn = self.objective.draw(batch, epoch)
+        noisy_BCHW, sigma_B = drawn.noisy().to(dit.device), drawn.sigma_B.to(dit.device)
+        for weight, prompt_for in self.terms:
+            text = collate([self.read(prompt_for(prompt)) for prompt in batch.prompts])
+            text = text.to(dit.device, dit.dtype)
+            with torch.no_grad(), self.network.disabled():
+                base_BCHW = self.objective.predict(noisy_BCHW, sigma_B, text).float()
+            answer_BCHW = self.objective.predict(noisy_BCHW, sigma_B, text).float()
+            yield weight * (answer_BCHW - base_BCHW).square().mean(dim=(1, 2, 3))
+
+
+def preservation_terms(options: PreservationOptions, captions: ClassCaptions) -> list[PreservationTerm]:
+    """The losses that the options ask for; a weight of 0 disables one."""
+    terms: list[PreservationTerm] = []
+    if weight := options.blank_prompt_preservation:
+        terms.append((weight, lambda prompt: EMPTY_PROMPT))
+    if weight := options.diff_output_preservation:
+        terms.append((weight, partial(class_caption, options=captions)))
+    return terms
+
+
+def check_preservation(options: PreservationOptions, captions: ClassCaptions, report: Reporter) -> None:
+    """Reports what preservation costs; raises HyimgError if the class captions are missing."""
+    check_class_captions(captions)
+    if options.diff_output_preservation and captions.trigger_word is None:
+        raise HyimgError(
+            "`--diff_output_preservation` needs `--trigger_word` and `--diff_output_preservation_class`",
+            hint="give the trigger word, and the class of what it names, such as `woman` or `style`",
+        )
+    if terms := preservation_terms(options, captions):
+        # a forward pass costs 1, a backward pass at least 1: 2 become 2 + 3 for each term
+        report.note(
+            "output preservation adds two forward passes and one backward pass for each of its "
+            f"{count_text(len(terms), 'term')}: a step takes about {1 + 1.5 * len(terms):g} times as long"
+        )
+
+
+def class_captions_to_read(
+    options: PreservationOptions, captions: ClassCaptions, samples: Sequence[Sample], report: Reporter
+) -> list[str]:
+    """The prompts that preservation needs in addition to the captions; raises HyimgError as `class_captions`."""
+    if not options.diff_output_preservation:
+        return []
+    trigger_word = captions.trigger_word or ""
+    lacking = [s for s in samples if not any(trigger_word in prompt for prompt in s.prompts)]
+    prompts = class_captions(samples, captions)
+    if lacking:
+        report.warning(
+            f"`{trigger_word}` is not in the captions of {count_text(len(lacking), 'image')}, the first "
+            f"`{lacking[0].image_path}`: their content is trained and preserved at the same time"
+        )
+    return prompts
+
+
+def class_caption_flags(options: PreservationOptions, captions: ClassCaptions) -> str:
+    """The flags with which cache-text caches these prompts too."""
+    if not options.diff_output_preservation:
+        return ""
+    flags = {
+        "trigger_word": captions.trigger_word,
+        "diff_output_preservation_class": captions.diff_output_preservation_class,
+    }
+    return "".join(f" --{name} {shlex.quote(value or '')}" for name, value in flags.items())
+
+
+def prompt_reader(store: TextStore) -> Callable[[str], PromptEmbedding]:
+    """Reads prompt embeddings from the text cache and keeps the most recent ones."""
+    return lru_cache(maxsize=_CACHED_PROMPTS)(store.read)

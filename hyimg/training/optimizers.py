@@ -1,7 +1,7 @@
-"""The optimisers, by the names that the reference tool's users know.
+"""The optimisers, by the reference tool's names.
 
-Each is `(parameter_groups, lr, **arguments) -> torch.optim.Optimizer`; what is not torch's own is imported
-when it is asked for.
+Each is `(parameter_groups, lr, **arguments) -> torch.optim.Optimizer`; other packages than torch are imported only
+when used.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from hyimg.errors import HyimgError
-from hyimg.plugins import Plugins, check_names, load_object, parse_arguments
+from hyimg.errors import HyimgError, exception_text
+from hyimg.plugins import Plugins, load_object
+from hyimg.plugins.arguments import bind_arguments, check_kinds, check_names, parse_arguments
 
 Groups = Iterable[dict[str, Any]]
 MakeOptimizer = Callable[[Groups, float], Optimizer]
@@ -26,20 +27,21 @@ MakeOptimizer = Callable[[Groups, float], Optimizer]
 
 @dataclass(frozen=True)
 class PackagedOptimizer:
-    """A class that is used as it is: `package` is where Python imports it from, `install` what pip installs."""
+    """A class of another package: Python imports it from `package`, pip installs `install`."""
 
     name: str
     package: str
     install: str
 
     def constructor(self) -> Callable[..., Optimizer]:
-        """The class. Raises HyimgError, with the line that installs it, where it cannot be imported."""
+        """The class. Raises HyimgError, with the command that installs it, if it cannot be imported."""
         try:
             return getattr(importlib.import_module(self.package), self.name)  # type: ignore[no-any-return]
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # a binary for another torch or CUDA may raise anything
             package = self.package.partition(".")[0]
             raise HyimgError(
-                f"`--optimizer_type` `{self.name}` needs {package}, which cannot be imported or is too old: {error}",
+                f"`--optimizer_type` `{self.name}` needs {package}, which cannot be imported or is too old: "
+                f"{exception_text(error)}",
                 hint=f"pip install --upgrade {self.install}",
             ) from error
 
@@ -50,6 +52,10 @@ class PackagedOptimizer:
 _TORCH = functools.partial(PackagedOptimizer, package="torch.optim", install="torch")
 _BITSANDBYTES = functools.partial(PackagedOptimizer, package="bitsandbytes.optim", install="bitsandbytes")
 _SCHEDULEFREE = functools.partial(PackagedOptimizer, package="schedulefree", install='"hyimg[optimizers]"')
+_DADAPTATION = functools.partial(PackagedOptimizer, package="dadaptation", install='"hyimg[optimizers]"')
+_DADAPTATION_EXPERIMENTAL = functools.partial(
+    PackagedOptimizer, package="dadaptation.experimental", install='"hyimg[optimizers]"'
+)
 
 # Loshchilov and Hutter, arXiv 1711.05101; weight decay 0.01 unless said otherwise
 adamw = _TORCH("AdamW")
@@ -57,12 +63,25 @@ adamw = _TORCH("AdamW")
 adamw_8bit = _BITSANDBYTES("AdamW8bit")
 paged_adamw = _BITSANDBYTES("PagedAdamW")
 paged_adamw_8bit = _BITSANDBYTES("PagedAdamW8bit")
+paged_adamw_32bit = _BITSANDBYTES("PagedAdamW32bit")
+# Pagliardini et al., arXiv 2409.03137: a second, slow average of the gradient
+ademamix_8bit = _BITSANDBYTES("AdEMAMix8bit")
+paged_ademamix_8bit = _BITSANDBYTES("PagedAdEMAMix8bit")
 # Chen et al., arXiv 2302.06675
 lion = _BITSANDBYTES("Lion")
 lion_8bit = _BITSANDBYTES("Lion8bit")
 paged_lion_8bit = _BITSANDBYTES("PagedLion8bit")
 # Mishchenko and Defazio, arXiv 2306.06101: finds the rate itself, and `lr` scales it
 prodigy = PackagedOptimizer("Prodigy", "prodigyopt", '"hyimg[optimizers]"')
+# Defazio and Mishchenko, arXiv 2301.07733, likewise. By the authors' package: in pytorch_optimizer 4.1
+# DAdaptAdan diverges on a quadratic bowl, and DAdaptSGD estimates another rate
+dadapt_adagrad = _DADAPTATION("DAdaptAdaGrad")
+dadapt_adam = _DADAPTATION("DAdaptAdam")
+dadapt_adan = _DADAPTATION("DAdaptAdan")
+dadapt_lion = _DADAPTATION("DAdaptLion")
+dadapt_sgd = _DADAPTATION("DAdaptSGD")
+dadapt_adam_preprint = _DADAPTATION_EXPERIMENTAL("DAdaptAdamPreprint")
+dadapt_adan_ip = _DADAPTATION_EXPERIMENTAL("DAdaptAdanIP")
 # Luo et al., arXiv 2307.02047
 came = PackagedOptimizer("CAME", "pytorch_optimizer", '"hyimg[optimizers]"')
 # Defazio et al., arXiv 2405.15682: averages take the place of a schedule
@@ -76,33 +95,48 @@ def sgd_nesterov(groups: Groups, lr: float, *, momentum: float = 0.9, **argument
     return torch.optim.SGD(list(groups), lr=lr, momentum=momentum, nesterov=True, **arguments)
 
 
+def sgd_nesterov_8bit(groups: Groups, lr: float, *, momentum: float = 0.9, **arguments: Any) -> Optimizer:
+    """bitsandbytes' SGD with momentum in 8 bits, under the reference tool's name.
+
+    As there, `nesterov=True` is passed on, which bitsandbytes accepts and ignores.
+    """
+    return _BITSANDBYTES("SGD8bit")(groups, lr, momentum=momentum, nesterov=True, **arguments)
+
+
 def adafactor(groups: Groups, lr: float, **arguments: Any) -> Optimizer:
     """transformers' Adafactor (Shazeer and Stern, arXiv 1804.04235).
 
-    With `relative_step=True`, its default, it makes its own rate, and `--learning_rate` is not used.
+    With `relative_step=True`, its default, it computes its own rate, and `--learning_rate` is ignored.
     """
     from transformers.optimization import Adafactor
 
     relative = arguments.get("relative_step", True)
-    # a group's own rate would override the None that asks for a relative one
+    # a rate in the group would override the None that requests a relative one
     own = [{k: v for k, v in group.items() if k != "lr"} if relative else group for group in groups]
     return Adafactor(own, lr=None if relative else lr, **arguments)  # type: ignore[no-any-return]
 
 
-# Where our own functions pass their arguments on, so that those can be checked before long work
-_PASSES_ON_TO = {"adafactor": "transformers.optimization:Adafactor", "sgd_nesterov": "torch.optim:SGD"}
+# Where these functions pass their arguments, so that they can be checked early
+_PASSES_ON_TO = {
+    "adafactor": "transformers.optimization:Adafactor",
+    "sgd_nesterov": "torch.optim:SGD",
+    "sgd_nesterov_8bit": "bitsandbytes.optim:SGD8bit",
+}
 
 
-def resolve_optimizer(plugins: Plugins, name: str, pairs: Iterable[str]) -> MakeOptimizer:
+def resolve_optimizer(
+    plugins: Plugins, name: str, pairs: Iterable[str], *, wrapper_pairs: Iterable[str] | None = None
+) -> MakeOptimizer:
     """The optimiser of that name, or at `package.Class`, with `--optimizer_args` bound and checked.
 
-    One that has modes (schedule-free ones) is made in its training mode. Raises HyimgError for an unknown
-    name, a class that cannot be imported, or an argument it does not take; `try_optimizer` finds the rest.
+    With `wrapper_pairs`, the `--schedulefree_wrapper_args`, it is wrapped to be schedule-free, unless it is
+    already. One that has modes (schedule-free ones) is made in its training mode. Raises HyimgError for an
+    unknown name, a class that cannot be imported, or an argument it does not take; `try_optimizer` finds the rest.
     """
     _quieten_bitsandbytes()
     arguments = parse_arguments(pairs, "--optimizer_args")
     if "lr" in arguments:
-        raise HyimgError("`lr` in `--optimizer_args`: the rate is `--learning_rate`", hint="take it out")
+        raise HyimgError("`lr` in `--optimizer_args`: the rate is `--learning_rate`", hint="remove it")
     if "." in name:
         make = checked = load_object(name)
     else:
@@ -113,14 +147,43 @@ def resolve_optimizer(plugins: Plugins, name: str, pairs: Iterable[str]) -> Make
         elif make.__module__ == __name__:
             checked = load_object(_PASSES_ON_TO[make.__name__])
     check_names(checked, arguments, option="--optimizer_args", name=name)
+    check_kinds(checked, arguments, option="--optimizer_args", name=name)
+
+    wrap = _wrapper(wrapper_pairs) if wrapper_pairs is not None else None
 
     def make_optimizer(groups: Groups, lr: float) -> Optimizer:
         optimizer: Optimizer = make(list(groups), lr=lr, **arguments)
+        if wrap is not None and isinstance(optimizer, Optimizer) and not has_modes(optimizer):
+            optimizer = wrap(optimizer)
         if has_modes(optimizer):
             optimizer.train()  # type: ignore[attr-defined]
         return optimizer
 
     return make_optimizer
+
+
+def _wrapper(pairs: Iterable[str]) -> Callable[[Optimizer], Optimizer]:
+    """`--optimizer_schedulefree_wrapper` with its arguments bound and checked."""
+    option = "--schedulefree_wrapper_args"
+    try:
+        from schedulefree import ScheduleFreeWrapper
+
+        from hyimg.training.schedulefree_wrapper import ScheduleFreeOptimizer
+    except ImportError as error:
+        raise HyimgError(
+            "`--optimizer_schedulefree_wrapper` needs schedulefree, which cannot be imported or is too old: "
+            f"{exception_text(error)}",
+            hint='pip install --upgrade "hyimg[optimizers]"',
+        ) from error
+    arguments = parse_arguments(pairs, option)
+    bound = bind_arguments(ScheduleFreeWrapper, arguments, option=option, name="ScheduleFreeWrapper")
+    return functools.partial(ScheduleFreeOptimizer, **bound)
+
+
+def base_of(optimizer: Optimizer) -> Optimizer:
+    """The optimiser inside schedulefree's wrapper, or itself if it is not wrapped."""
+    base = getattr(optimizer, "base", None)
+    return base if isinstance(base, Optimizer) else optimizer
 
 
 def _by_name(plugins: Plugins, name: str) -> Callable[..., Any]:
@@ -134,7 +197,7 @@ def _by_name(plugins: Plugins, name: str) -> Callable[..., Any]:
 
 
 def has_modes(optimizer: object) -> bool:
-    """Whether the weights to use are other ones than those that it moves, as schedule-free optimisers have it."""
+    """Whether it has training and evaluation weights, like schedule-free optimisers."""
     return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
 
 
@@ -144,13 +207,13 @@ def makes_own_rate(optimizer: Optimizer) -> bool:
 
 
 def rates(optimizer: Optimizer) -> dict[str, float]:
-    """The rate of each parameter group as metrics name it: `learning_rate`, `learning_rate_1` and so on.
+    """The rate of each parameter group by its name in metrics: `learning_rate`, `learning_rate_1` and so on.
 
-    To be asked after a step. A rate that Adafactor makes itself is that of the group's first parameter.
-    `effective_learning_rate` stands beside the rate where the optimiser scales what it is given: Prodigy by
-    its `d`, a schedule-free one in its warm-up.
+    Call it after a step. For the rates that Adafactor computes, that of the group's first parameter.
+    `effective_learning_rate` is added if the optimiser scales the rate: Prodigy by its `d`, a schedule-free
+    optimiser in its warm-up.
     """
-    told: dict[str, float] = {}
+    found: dict[str, float] = {}
     for number, group in enumerate(optimizer.param_groups):
         suffix = f"_{number}" if number else ""
         rate = group["lr"]
@@ -160,12 +223,12 @@ def rates(optimizer: Optimizer) -> dict[str, float]:
             rate = optimizer._get_lr(group, state) if state else None  # type: ignore[attr-defined]
         if rate is None:
             continue
-        told[f"learning_rate{suffix}"] = float(rate)
+        found[f"learning_rate{suffix}"] = float(rate)
         if "d" in group:
-            told[f"effective_learning_rate{suffix}"] = float(group["d"]) * float(rate)
+            found[f"effective_learning_rate{suffix}"] = float(group["d"]) * float(rate)
         elif "scheduled_lr" in group:
-            told[f"effective_learning_rate{suffix}"] = float(group["scheduled_lr"])
-    return told
+            found[f"effective_learning_rate{suffix}"] = float(group["scheduled_lr"])
+    return found
 
 
 def _quieten_bitsandbytes() -> None:

@@ -1,162 +1,194 @@
-"""Everything about a run that can be known, and refused, before a weight or a cache entry is read."""
+"""`prepare`: checks everything about a run that can be checked before a weight or a cache entry is read."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hyimg.cache.atomic import require_writable_folder
+from hyimg.cache.hashing import Memo
+from hyimg.cache.own_files import require_no_links
+from hyimg.checkpoints.architecture import DiTArch
+from hyimg.checkpoints.header_check import open_dit
 from hyimg.config.commands import TrainConfig
 from hyimg.config.load import replace
-from hyimg.data.caption_transforms import CaptionTransforms
-from hyimg.data.workspace import Workspace, open_workspace
+from hyimg.config.models import TextEncoderFiles
+from hyimg.config.option import warn_of_idle
+from hyimg.config.run_options import Hub, Logging, Saving, Validation
+from hyimg.config.training import FlowMatching, LossOptions
+from hyimg.data.captions import CaptionTransforms
+from hyimg.data.samples import Sample
+from hyimg.data.workspace import Workspace, open_workspace, options_left_to_flags
+from hyimg.distributed.collectives import backend_for
+from hyimg.distributed.processes import Processes, refuse_sharding, warn_of_accelerate
 from hyimg.encoders.text import TextEncoders
 from hyimg.errors import HyimgError
 from hyimg.flow.timesteps import TimestepSampler
-from hyimg.flow.weighting import idle_weighting
-from hyimg.lora.plan import ModulePlan
-from hyimg.memory.device import compute_dtype, resolve_device
-from hyimg.memory.dit import DiTOptions
-from hyimg.memory.processes import Processes
-from hyimg.model.architecture import DiTArch
-from hyimg.model.loading import check_dit, check_vae
-from hyimg.plugins import Plugins, bind_arguments, load_plugins, parse_arguments
+from hyimg.memory.device import resolve_device
+from hyimg.memory.dit_loader import DiTSetup
+from hyimg.memory.precision import DTYPES, Precision, agreed, decide_precision
+from hyimg.model.loading import check_vae
+from hyimg.plugins import Plugins, load_plugins
+from hyimg.plugins.arguments import bind_arguments, parse_arguments
 from hyimg.randomness import keyed_seed
+from hyimg.rendering.render_plan import require_room
+from hyimg.rendering.renderer import describe_preset
 from hyimg.report import Reporter
-from hyimg.training.hub import download_state
-from hyimg.training.identity import options_identity
+from hyimg.training.fingerprint import options_fingerprint
+from hyimg.training.hub import Uploads, download_state, prepare_uploads
 from hyimg.training.network_setup import NetworkSetup, prepare_network
-from hyimg.training.objective import Loss
+from hyimg.training.objective import Loss, check_preservation, preservation_terms
 from hyimg.training.optimization import Optimization, prepare_optimization
-from hyimg.training.preservation import check_preservation, terms_of
-from hyimg.training.resume import Resumed, find_state
+from hyimg.training.previews import PreviewPlan, require_prompts, sampling_of
+from hyimg.training.resume import LATEST, Resumed, find_state
 from hyimg.training.run_folder import RunFolder
-from hyimg.training.samples import SamplePlan, require_prompts, sampling_of
-from hyimg.training.saving import warn_of_idle_saving
-from hyimg.training.state_folder import read_state
+from hyimg.training.state import read_state
 from hyimg.training.trackers import check_trackers
-from hyimg.training.uploads import Uploads, prepare_uploads
-from hyimg.training.validation import require_held_back
 
+LOG_FOLDER = "logs"
 _HUBER_OPTIONS = ("huber_c", "huber_scale", "huber_schedule")
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """A checked run: `config` has its seed and its number of processes decided, `network` says what each module
-    gets and starts with, `resumed` is the state to go on from."""
+    """A checked run, before a weight or a cache entry is read: `hyimg train` may fill the caches in between.
+
+    `config` has the seed, the precision and the number of processes filled in, `network` says what each module gets and
+    starts with, `resumed` is the state to continue from. `hyimg.training.run.Run` is the run once its model is loaded.
+    """
 
     config: TrainConfig
-    seed: int
     device: torch.device
-    arch: DiTArch
-    dit_options: DiTOptions
+    precision: Precision
+    dit: DiTSetup
     network: NetworkSetup
     loss: Loss
     timestep_sampler: TimestepSampler
     optimization: Optimization
     plugins: Plugins
     caption_transforms: CaptionTransforms
-    sample_plan: SamplePlan | None
+    previews: PreviewPlan | None
     folder: RunFolder
     processes: Processes
     resumed: Resumed | None = None
     uploads: Uploads | None = None
 
     @property
-    def plan(self) -> tuple[ModulePlan, ...]:
-        return self.network.plan
+    def seed(self) -> int:
+        assert self.config.duration.seed is not None
+        return self.config.duration.seed
+
+    @property
+    def arch(self) -> DiTArch:
+        return self.dit.opened.arch
+
+    @property
+    def models_run(self) -> list[str]:
+        """The models that compute in this run, as `Precision.line` names them."""
+        return ["DiT", "adapters", *(["VAE"] if self.previews is not None else [])]
 
     @property
     def logging_dir(self) -> Path:
         """Where trackers write: `--logging_dir`, or `logs` in the run folder."""
-        return self.config.logging.logging_dir or self.folder.directory / "logs"
+        return self.config.logging.logging_dir or self.folder.directory / LOG_FOLDER
 
 
 def prepare(config: TrainConfig, report: Reporter) -> Preparation:
-    """Checks everything about a run that needs no base weight, no image and no cache; leaves nothing on disk.
+    """Checks everything that needs no base weight, image or cache entry; leaves nothing on disk.
 
     Raises HyimgError for the first thing that is wrong.
     """
+    refuse_sharding()
     processes = Processes.current()
     if config.logging.logging_dir is not None and config.logging.log_with is None:
         config = replace(config, log_with="tensorboard")  # as in the reference tool
     device = resolve_device(config.compute.device, report)
-    _check_processes(config, device, processes)
-    assert config.dit.dit is not None
-    arch = check_dit(config.dit.dit)
-    dit_options = DiTOptions.of(config.memory, config.training_memory)
-    dit_options.check(config.dit.dit, device, compute_dtype(config.compute.mixed_precision))
-    if config.vae.vae is not None:
-        check_vae(config.vae.vae)
-    _check_flow(config, arch, report)
-    require_prompts(config.validation, config.vae.vae)
+    _check_processes(config.compute.device, device, processes, fused=config.optimizer.fused_backward_pass)
+    opened = open_dit(config.dit.dit, mmap=not config.compute.disable_mmap_load_safetensors)
+    _check_models(config, opened.arch, report)
     plugins = load_plugins(config.common.plugin)
-    sampling = plugins.canonical("timestep_samplers", config.flow.timestep_sampling)
-    idle = idle_weighting(config.flow.weighting_scheme, sampling, config.flow.model_prediction_type)
-    if idle is not None:
-        report.warning(idle)
-    network = prepare_network(config, arch, plugins, report)
-    check_preservation(config, report)
+    timestep_sampler = _timestep_sampler(plugins, config.flow)
+    network = prepare_network(config, opened.arch, plugins, report)
+    check_preservation(config.preservation, config.class_captions, report)
+    folder = _run_folder(config.saving, network, report)
+    resumed = _find_resumed(config.saving, config.hub, folder, report, processes)
+    precision = _decide_precision(config, device, resumed, processes)
+    dit = DiTSetup(opened, config.memory, device, precision.dit, config.training_memory)
+    warn_of_accelerate(
+        report,
+        mixed_precision=precision.mixed_precision,
+        torch_compile=config.memory.torch_compile,
+        gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
+    )
+    dit.check()
     optimization = prepare_optimization(
-        config,
-        plugins,
-        network.plan,
-        device=device,
-        report=report,
-        loraplus_lr_ratio=network.args.loraplus_lr_ratio,
+        config, plugins, network.plan, precision, report, loraplus_lr_ratio=network.args.loraplus_lr_ratio
     )
-    _check_together(config, network, optimization)
-    assert config.saving.output_dir is not None
-    folder = RunFolder(
-        config.saving.output_dir,
-        config.saving.output_name,
-        network.kind.save_format(config.saving.save_format, network.plan, report),
-    )
-    resumed = _resumed(config, folder, report, processes)
-    folder.check(overwrite=config.saving.overwrite, resumed=resumed.saved.path if resumed else None)
-    if config.logging.logging_dir is not None:
-        require_writable_folder(config.logging.logging_dir)
-    check_trackers(config.logging, report)
-    seed = config.duration.seed
-    if seed is None:
-        drawn = resumed.seed if resumed is not None else keyed_seed(time.time_ns()) % 2**32
-        seed = int(processes.broadcast(drawn))
-    # what repeats the run: a drawn seed, and how many processes a launcher has started
-    config = replace(config, seed=seed, num_processes=processes.world)
+    _check_combinations(config, network, optimization)
+    _check_output(config.saving, config.logging, folder, resumed)
+    # what repeats the run: the seed that was drawn, the precision chosen, the number of processes started
+    seed = _seed(config.duration.seed, resumed, processes)
+    repeated = {"mixed_precision": precision.mixed_precision, "num_processes": processes.world}
+    config = replace(config, seed=seed, **repeated)
     if resumed is not None:
-        resumed.check_options(options_identity(config))
-    warn_of_idle_saving(config, report)
+        resumed.check_options(options_fingerprint(config))
+    loss = _loss(plugins, config.loss)
+    warn_of_idle(
+        config,
+        report,
+        read_by_loss=frozenset(loss.keywords),
+        rate_is_used=not optimization.makes_own_rate,
+        has_patterns=bool(network.args.network_reg_dims or network.args.network_reg_lrs),
+        several_processes=processes.world > 1,
+        starts_fresh=resumed is None,
+        on_gpu=device.type != "cpu",
+    )
     trains = not config.logging.output_config and config.flow.show_timesteps is None
     return Preparation(
         config=config,
-        seed=seed,
         device=device,
-        arch=arch,
-        dit_options=dit_options,
+        precision=precision,
+        dit=dit,
         network=network,
-        loss=_loss(plugins, config),
-        timestep_sampler=_timestep_sampler(plugins, sampling, config),
+        loss=loss,
+        timestep_sampler=timestep_sampler,
         optimization=optimization,
         plugins=plugins,
         caption_transforms=CaptionTransforms.of(config.dataset, plugins),
-        sample_plan=_sample_plan(config, arch, plugins),
+        previews=_plan_previews(config, dit, plugins, precision, report),
         folder=folder,
         processes=processes,
         resumed=resumed,
-        uploads=prepare_uploads(config, report) if trains else None,  # last: it may make a repository
+        uploads=prepare_uploads(config.hub, report) if trains else None,  # last: it may create a repository
     )
+
+
+def _check_output(saving: Saving, logging: Logging, folder: RunFolder, resumed: Resumed | None) -> None:
+    """Raises HyimgError if the run must not write where it is to write, or cannot log where it is to log."""
+    folder.check(
+        overwrite=saving.overwrite,
+        resumed=resumed.saved.path if resumed else None,
+        restarts=saving.resume == LATEST,
+    )
+    if logging.logging_dir is not None:
+        require_writable_folder(logging.logging_dir)
+    elif logging.log_with is not None:
+        require_no_links(folder.directory / LOG_FOLDER, root=folder.directory)
+    check_trackers(logging)
 
 
 def open_training_workspace(
     config: TrainConfig, report: Reporter, transforms: CaptionTransforms | None = None
 ) -> Workspace:
-    """The dataset and its caches as `train` sees them; raises HyimgError for what cannot be trained yet."""
+    """The dataset and its caches as `train` uses them; raises HyimgError for what cannot be trained."""
     workspace = open_workspace(
         config.dataset,
         report,
@@ -166,83 +198,158 @@ def open_training_workspace(
         validation_split=config.validation.validation_split,
         validation_seed=config.validation.validation_seed,
     )
-    require_held_back(config.validation, workspace.found.validation)
-    has_mask = any(s.subset.alpha_mask or s.mask_path is not None for s in workspace.found.samples)
-    if config.loss.masked_loss and not has_mask:
-        report.warning(
-            "`--masked_loss` has no effect: the dataset has neither `alpha_mask` nor masks in a folder"
-        )
+    _require_validation_images(config.validation, workspace.found.validation)
+    samples = workspace.found.samples
+    warn_of_idle(
+        config,
+        report,
+        has_masks=any(s.subset.alpha_mask or s.mask_path is not None for s in samples),
+        has_regularisation=any(s.subset.is_reg for s in samples),
+        random_captions=workspace.has_random_captions,
+        validates=bool(workspace.found.validation),
+        left_to_flags=options_left_to_flags(workspace.dataset_file.path),
+    )
     return workspace
 
 
-def open_encoders(config: TrainConfig, workspace: Workspace | None = None) -> TextEncoders | None:
-    """Both text encoders, headers checked, where they are named; else None."""
-    files = config.encoders
+def _require_validation_images(options: Validation, images: Sequence[Sample]) -> None:
+    """Raises HyimgError if validation is requested and no image is held back for it."""
+    for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
+        if getattr(options, name) is not None and not images:
+            raise HyimgError(
+                f"`--{name}` is given, but no image is held back for validation",
+                hint="give `--validation_split 0.1`, or `validation_split` in the dataset file",
+            )
+
+
+def open_encoders(
+    files: TextEncoderFiles, precision: Precision, memo: Memo | None = None
+) -> TextEncoders | None:
+    """Both text encoders, with headers checked; None if they are not given."""
     if files.text_encoder is None or files.byt5 is None:
         return None
-    memo = workspace.index if workspace is not None else None
-    return TextEncoders.open(files.text_encoder, files.byt5, files.tokenizer, fp8=files.fp8_vl, memo=memo)
+    return TextEncoders.open(
+        files.text_encoder,
+        files.byt5,
+        files.tokenizer,
+        dtype=precision.text_encoder,
+        fp8=files.fp8_vl,
+        byt5_dtype=precision.byt5,
+        memo=memo,
+    )
 
 
-def _check_processes(config: TrainConfig, device: torch.device, processes: Processes) -> None:
+def _run_folder(saving: Saving, network: NetworkSetup, report: Reporter) -> RunFolder:
+    save_format = network.kind.save_format(saving.save_format, network.plan, report)
+    return RunFolder(saving.output_dir, saving.output_name, save_format, saving.state_dir)
+
+
+def _seed(given: int | None, resumed: Resumed | None, processes: Processes) -> int:
+    """The seed that was given, else that of the state, else one drawn by the main process."""
+    if given is not None:
+        return given
+    drawn = resumed.seed if resumed is not None else keyed_seed(time.time_ns()) % 2**32
+    return int(processes.broadcast(drawn))
+
+
+def _decide_precision(
+    config: TrainConfig, device: torch.device, resumed: Resumed | None, processes: Processes
+) -> Precision:
+    """The precision of the run, the same in every process.
+
+    A run resumed with `--mixed_precision auto` keeps the precision that it started with, on any device: only so does
+    it end with the same weights.
+    """
+    files, options = config.encoders, config.optimizer
+    decided = decide_precision(
+        config.compute,
+        device,
+        text_encoder_dtype=files.text_encoder_dtype,
+        text_encoder_device=torch.device("cpu") if files.text_encoder_cpu else device,
+        full_bf16=options.full_bf16,
+        full_fp16=options.full_fp16,
+    )
+    precision = agreed(decided, processes)
+    if resumed is None or config.compute.mixed_precision != "auto":
+        return precision
+    before, chosen = resumed.mixed_precision, precision.mixed_precision
+    if before not in DTYPES or before == chosen:
+        return precision
+    resumed.report.note(
+        f"resumed with `--mixed_precision {before}`, as the run started (`auto` would choose `{chosen}` here)"
+    )
+    return dataclasses.replace(precision, mixed_precision=before)
+
+
+def _check_processes(
+    device_option: str | None, device: torch.device, processes: Processes, *, fused: bool
+) -> None:
     """Raises HyimgError for what several processes cannot do."""
     if processes.world == 1:
         return
-    if config.optimizer.fused_backward_pass:
+    if fused:
         raise HyimgError(
-            "`--fused_backward_pass` cannot be used in several processes: "
-            "a gradient is used up before those of the others are added to it",
-            hint="leave one of the two out",
+            "`--fused_backward_pass` cannot be used with several processes: "
+            "it frees each gradient before the gradients of the other processes are added",
+            hint="use only one of the two",
         )
-    name = config.compute.device
-    if device.type == "mps" or (device.type == "cuda" and name is not None and ":" in name):
+    if device.type == "mps" or (device_option is not None and ":" in device_option):
         raise HyimgError(
-            f"`--device {name or device}` is one device, and there are {processes.world} processes",
-            hint="leave `--device` out to give each process a GPU of its own, or start one process",
+            f"`--device {device_option or device}` is one device, and there are {processes.world} processes",
+            hint="leave out `--device` so that each process gets its own GPU, or start one process",
         )
+    backend_for(device)
 
 
-def _check_together(config: TrainConfig, network: NetworkSetup, optimization: Optimization) -> None:
-    """Raises HyimgError for options that each work, and not with one another."""
-    if config.optimizer.fused_backward_pass and terms_of(config):
+def _check_combinations(config: TrainConfig, network: NetworkSetup, optimization: Optimization) -> None:
+    """Raises HyimgError for options that cannot be combined."""
+    if config.optimizer.fused_backward_pass and preservation_terms(
+        config.preservation, config.class_captions
+    ):
         raise HyimgError(
-            "`--fused_backward_pass` cannot be used with output preservation, whose loss comes in a pass of its own",
-            hint="leave one of the two out",
+            "`--fused_backward_pass` cannot be used with output preservation, whose loss needs a second backward pass",
+            hint="use only one of the two",
         )
     if config.saving.ema_decay and optimization.averages_weights:
+        wrapped = config.optimizer.optimizer_schedulefree_wrapper
+        what = "--optimizer_schedulefree_wrapper" if wrapped else config.optimizer.optimizer_type
         raise HyimgError(
-            f"`--ema_decay` with `{config.optimizer.optimizer_type}`, which averages the weights itself",
-            hint="leave `--ema_decay` out",
+            f"`--ema_decay` cannot be used with `{what}`, which averages the weights itself",
+            hint="leave out `--ema_decay`",
         )
     if config.memory.torch_compile and (
         network.dropout.any or any(module.dora or module.parts for module in network.plan)
     ):
         raise HyimgError(
-            "`--torch_compile` cannot be used with dropout of adapters, DoRA or `split_qkv`",
-            hint="leave one of the two out",
+            "`--torch_compile` cannot be used with adapter dropout, DoRA or `split_qkv`",
+            hint="use only one of the two",
         )
 
 
-def _sample_plan(config: TrainConfig, arch: DiTArch, plugins: Plugins) -> SamplePlan | None:
-    """The samples that are asked for, their prompts read once so that what is wrong with them is found now."""
+def _plan_previews(
+    config: TrainConfig, dit: DiTSetup, plugins: Plugins, precision: Precision, report: Reporter
+) -> PreviewPlan | None:
+    """The samples to render during training, their prompts read once to find mistakes early."""
     path = config.validation.sample_prompts
     if path is None:
         return None
     assert config.duration.seed is not None
-    plan = SamplePlan(path, arch, sampling_of(config.validation), config.duration.seed, plugins)
-    plan.read()
+    room = partial(require_room, dit=dit, vae=config.vae, precision=precision)
+    plan = PreviewPlan(
+        path, dit.opened.arch, sampling_of(config.validation), config.duration.seed, plugins, room
+    )
+    if line := describe_preset(plan.options, plan.read(report)):
+        report.note(f"samples: {line}")
     return plan
 
 
-def _resumed(
-    config: TrainConfig, folder: RunFolder, report: Reporter, processes: Processes
+def _find_resumed(
+    saving: Saving, hub: Hub, folder: RunFolder, report: Reporter, processes: Processes
 ) -> Resumed | None:
-    """The state that the main process finds, in every process."""
-    saving = config.saving
-    if saving.resume is None:
-        if saving.resume_force:
-            report.warning("`--resume_force` has no effect without `--resume`")
-        if config.hub.resume_from_huggingface:
+    """The state to resume from, found by the main process and read by all."""
+    given = saving.resume
+    if given is None:
+        if hub.resume_from_huggingface:
             raise HyimgError(
                 "`--resume_from_huggingface` without `--resume`",
                 hint="name the state: `--resume OWNER/NAME/PATH`",
@@ -250,9 +357,8 @@ def _resumed(
         return None
     saved = None
     if processes.is_main:
-        given = saving.resume
-        if config.hub.resume_from_huggingface:
-            given = str(download_state(given, config.hub.huggingface_token))
+        if hub.resume_from_huggingface:
+            given = str(download_state(given, hub.huggingface_token))
         saved = find_state(given, folder, report, overwrite=saving.overwrite)
     path = processes.broadcast(str(saved.path) if saved is not None else None)
     if path is not None and saved is None:
@@ -260,30 +366,33 @@ def _resumed(
     return Resumed(saved, saving.resume_force, report) if saved is not None else None
 
 
-def _check_flow(config: TrainConfig, arch: DiTArch, report: Reporter) -> None:
-    flow = config.flow
-    if flow.min_timestep >= flow.max_timestep:
+def _check_models(config: TrainConfig, arch: DiTArch, report: Reporter) -> None:
+    """Raises HyimgError for a wrong VAE, and for options that the models rule out."""
+    if config.vae.vae is not None:
+        check_vae(config.vae.vae)
+    require_prompts(config.validation, config.vae.vae)
+    low, high = config.flow.min_timestep, config.flow.max_timestep
+    if low >= high:
         raise HyimgError(
-            f"`--min_timestep` {flow.min_timestep:g} is not below `--max_timestep` {flow.max_timestep:g}",
-            hint="timesteps run from 0 (the image) to 1000 (noise)",
+            f"`--min_timestep` {low:g} is not below `--max_timestep` {high:g}",
+            hint="timesteps range from 0 (the image) to 1000 (noise)",
         )
     if arch.meanflow:
-        report.warning(
-            "this is a distilled checkpoint: LoRAs are better trained on the base, and work on both"
-        )
+        report.warning("this is a distilled checkpoint: train LoRAs on the base model; they work on both")
 
 
-def _loss(plugins: Plugins, config: TrainConfig) -> Loss:
-    name = config.loss.loss_type
-    loss = plugins.resolve("losses", name)
-    arguments = parse_arguments(config.loss.loss_args, "--loss_args")
+def _loss(plugins: Plugins, options: LossOptions) -> partial[Any]:
+    loss = plugins.resolve("losses", options.loss_type)
+    arguments = parse_arguments(options.loss_args, "--loss_args")
     takes = inspect.signature(loss).parameters
-    own = {key: getattr(config.loss, key) for key in _HUBER_OPTIONS if key in takes}
-    return partial(loss, **bind_arguments(loss, own | arguments, option="--loss_args", name=name))
+    own = {key: getattr(options, key) for key in _HUBER_OPTIONS if key in takes}
+    return partial(
+        loss, **bind_arguments(loss, own | arguments, option="--loss_args", name=options.loss_type)
+    )
 
 
-def _timestep_sampler(plugins: Plugins, name: str, config: TrainConfig) -> TimestepSampler:
+def _timestep_sampler(plugins: Plugins, flow: FlowMatching) -> TimestepSampler:
+    name, option = plugins.canonical("timestep_samplers", flow.timestep_sampling), "--timestep_sampling_args"
     sampler = plugins.resolve("timestep_samplers", name)
-    option = "--timestep_sampling_args"
-    arguments = parse_arguments(config.flow.timestep_sampling_args, option)
+    arguments = parse_arguments(flow.timestep_sampling_args, option)
     return partial(sampler, **bind_arguments(sampler, arguments, option=option, name=name))

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, through accelerate: which a run has, and how each goes on when it is resumed."""
+"""TensorBoard and Weights & Biases, through accelerate: which of them a run uses, and how each is resumed."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from PIL import Image
 
 from hyimg.config.commands import TrainConfig
+from hyimg.config.image_file import opened_image
 from hyimg.config.load import flatten, secrets_of
-from hyimg.config.run import Logging
+from hyimg.config.run_options import Logging
+from hyimg.distributed.processes import Processes
 from hyimg.errors import HyimgError
-from hyimg.memory.processes import Processes
 from hyimg.randomness import keyed_seed
 from hyimg.report import Reporter
-
-if TYPE_CHECKING:
-    from hyimg.training.resume import Resumed
 
 TENSORBOARD, WANDB = "tensorboard", "wandb"
 
@@ -34,68 +31,74 @@ def tracker_names(logging: Logging) -> list[str]:
     return {None: [], "all": [TENSORBOARD, WANDB]}.get(logging.log_with, [str(logging.log_with)])
 
 
-def check_trackers(logging: Logging, report: Reporter) -> None:
-    """Raises HyimgError where W&B is asked for and is not installed, or will not let this user in."""
-    if WANDB not in tracker_names(logging):
-        for name in ("wandb_run_name", "wandb_api_key"):
-            if getattr(logging, name) is not None:
-                report.warning(f"`--{name}` has no effect without `--log_with wandb`")
-        return
+def check_trackers(logging: Logging) -> None:
+    """Raises HyimgError where a tracker's package is not installed, or the W&B login fails."""
+    names = tracker_names(logging)
     if not Processes.current().is_main:
         return
-    if importlib.util.find_spec(WANDB) is None:
-        raise HyimgError(
-            f"`--log_with {logging.log_with}` needs the package wandb", hint='`pip install "hyimg[wandb]"`'
-        )
+    for name, install in ((TENSORBOARD, "tensorboard"), (WANDB, '"hyimg[wandb]"')):
+        # accelerate skips a tracker silently where its package is missing
+        if name in names and importlib.util.find_spec(name) is None:
+            raise HyimgError(
+                f"`--log_with {logging.log_with}` needs the package {name}", hint=f"`pip install {install}`"
+            )
+    if WANDB in names:
+        _log_in(logging)
+
+
+def _log_in(logging: Logging) -> None:
+    """Logs in to W&B if it is online; raises HyimgError if that fails."""
     if logging.wandb_api_key is not None:
         os.environ["WANDB_API_KEY"] = logging.wandb_api_key
-    import wandb
-
-    # what WANDB_MODE, `wandb offline` and the like have come to
+    try:
+        import wandb
+    except Exception as error:  # one of its dependencies may have an incompatible version
+        raise HyimgError(
+            f"the package wandb cannot be imported: {_one_line(error)}",
+            hint='reinstall it: `pip install --upgrade "hyimg[wandb]"`',
+        ) from error
+    # the outcome of WANDB_MODE, `wandb offline` and the like
     if wandb.setup().settings.mode not in ("online", "shared"):
         return
     try:
         wandb.login(verify=True)
     except wandb.Error as error:
         raise HyimgError(
-            f"W&B does not let this run in: {_one_line(error)}",
-            hint="run `wandb login`, or set `WANDB_MODE=offline` and send the run later with `wandb sync`",
+            f"W&B login failed: {_one_line(error)}",
+            hint="run `wandb login`, or set `WANDB_MODE=offline` and upload the run later with `wandb sync`",
         ) from error
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What the trackers of a run are told of it: its name, where they write, and when it was started first.
+    """A run as its trackers see it: its name, the folder they write to, and the time of its first start.
 
-    `started` is in seconds since the epoch; `resumed` is the state that the run goes on from.
+    `started` is in seconds since the epoch; `resumed_step` is the step that a resumed run continues from.
     """
 
     config: TrainConfig
     log_name: str
     directory: Path
     started: float
-    resumed: Resumed | None
+    resumed_step: int | None
 
     @property
     def wandb_id(self) -> str:
-        """W&B's ID of the run: from its first start, to the microsecond, so that it stays when it is resumed."""
+        """W&B's run ID, derived from the first start to the microsecond, so that a resumed run keeps it."""
         return f"{keyed_seed('wandb', self.started):016x}"
 
 
 def start_trackers(accelerator: Accelerator, run: TrackedRun, report: Reporter) -> None:
-    """Starts the main process's trackers, those that the accelerator was made for.
-
-    Raises HyimgError where W&B cannot be started.
-    """
+    """Starts the trackers of the accelerator in the main process. Raises HyimgError if W&B cannot be started."""
     names = tracker_names(run.config.logging)
     if not names or not accelerator.is_main_process:
         return
     logging = run.config.logging
     options = {k: _shown(v) for k, v in flatten(run.config).items()} if logging.log_config else None
     arguments: dict[str, dict[str, Any]] = {}
-    if TENSORBOARD in names and run.resumed is not None:
-        # what was logged after the state that the run goes on from is hidden
-        arguments[TENSORBOARD] = {"purge_step": run.resumed.step + 1}
+    if TENSORBOARD in names and run.resumed_step is not None:
+        # hides what was logged after the state that the run resumes from
+        arguments[TENSORBOARD] = {"purge_step": run.resumed_step + 1}
     if WANDB in names:
         arguments[WANDB] = _wandb_arguments(run)
     try:
@@ -106,56 +109,58 @@ def start_trackers(accelerator: Accelerator, run: TrackedRun, report: Reporter) 
             raise
         raise HyimgError(
             f"W&B cannot be started: {_one_line(error)}",
-            hint="set `WANDB_MODE=offline`, and send the run later with `wandb sync`",
+            hint="set `WANDB_MODE=offline` and upload the run later with `wandb sync`",
         ) from error
     if WANDB in names:
-        _tell(accelerator.get_tracker(WANDB, unwrap=True), run, report)
+        _report_wandb(accelerator.get_tracker(WANDB, unwrap=True), run, report)
 
 
-def show_images(accelerator: Accelerator, images: Sequence[tuple[int, Path]], step: int) -> None:
-    """Gives pictures, by the number of their prompt, to the trackers that take some."""
+def log_images(accelerator: Accelerator, images: Sequence[tuple[int, Path]], step: int) -> None:
+    """Logs images, given with the number of their prompt, to all trackers."""
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == TENSORBOARD else {}
         for number, path in images:
-            pixels_1HWC = np.asarray(Image.open(path))[None]
+            with opened_image(path) as image:
+                pixels_1HWC = np.asarray(image)[None]
             tracker.log_images({f"sample/{number}": pixels_1HWC}, step=step, **layout)
 
 
 def _wandb_arguments(run: TrackedRun) -> dict[str, Any]:
-    """How `wandb.init` is called; its project comes from accelerate."""
+    """The arguments of `wandb.init`; accelerate passes the project."""
     import wandb
 
-    run.directory.mkdir(parents=True, exist_ok=True)  # else it writes into a temporary folder
+    run.directory.mkdir(parents=True, exist_ok=True)  # otherwise it writes to a temporary folder
     return {
         "name": run.config.logging.wandb_run_name or run.log_name,
         "id": run.wandb_id,
-        "resume": "allow" if run.resumed is not None else None,
+        "resume": "allow" if run.resumed_step is not None else None,
         "dir": str(run.directory),
-        # what it would keep of the console is in the metrics, and the terminal is the progress display's
-        "settings": wandb.Settings(silent=True, console="off"),
+        # no console capture: it would disturb the progress display; no git: it runs commands that the configuration
+        # of a repository in the working folder names
+        "settings": wandb.Settings(silent=True, console="off", disable_git=True),
     }
 
 
-def _tell(started: Any, run: TrackedRun, report: Reporter) -> None:
-    """Where W&B's run is and, of a resumed one, whether it is the one from before."""
+def _report_wandb(started: Any, run: TrackedRun, report: Reporter) -> None:
+    """Reports where the W&B run is and, when resumed, whether it is the earlier one."""
     if started.disabled:
         return
     if started.offline:
-        report.note(f"W&B: offline, in {run.directory}; `wandb sync` sends it")
-        if run.resumed is not None:
+        report.note(f"W&B: offline, in {run.directory}; `wandb sync` uploads it")
+        if run.resumed_step is not None:
             report.warning(
-                "W&B cannot go on in a run while it is offline: what follows is a folder of its own with the same "
-                f"run ID `{run.wandb_id}`; `wandb sync` joins the folders in their order"
+                "W&B cannot resume a run offline: this part goes to a separate folder with the same run ID "
+                f"`{run.wandb_id}`; `wandb sync` merges the folders if given in order"
             )
         return
     report.note(f"W&B: {started.url}")
-    if run.resumed is not None and not started.resumed:
-        report.warning(f"W&B has no run `{run.wandb_id}` to go on in: what follows is a run of its own")
+    if run.resumed_step is not None and not started.resumed:
+        report.warning(f"W&B has no run `{run.wandb_id}` to resume: it starts a new one")
 
 
 @contextmanager
 def _hidden_from_arguments(secrets: Sequence[str]) -> Iterator[None]:
-    """A block in which the process's arguments show no secret: W&B keeps them with the run."""
+    """A block in which `sys.argv` contains no secret: W&B stores the arguments with the run."""
     before = sys.argv
     hidden = list(before)
     for secret in secrets:
@@ -168,7 +173,7 @@ def _hidden_from_arguments(secrets: Sequence[str]) -> Iterator[None]:
 
 
 def _shown(value: object) -> str:
-    """An option's value as trackers get it: of a path only the name, since a log may be seen by many."""
+    """An option's value for trackers: of a path only the name, since logs may be public."""
     if isinstance(value, tuple):
         return " ".join(map(_shown, value))
     return value.name if isinstance(value, Path) else str(value)

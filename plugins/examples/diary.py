@@ -6,12 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from hyimg.cache.atomic import atomic_write_text
-from hyimg.hookspecs import hookimpl
+from hyimg.hookspecs import Stateful, TrainingRun, hookimpl
 
 if TYPE_CHECKING:
     import torch
-
-    from hyimg.training.run import Run
 
 
 class Diary:
@@ -26,38 +24,37 @@ class Diary:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_step, self.best_loss = state["best_step"], state["best_loss"]
 
-    def write(self, run: Run, when: str) -> None:
+    def write(self, run: TrainingRun, when: str) -> None:
         if not run.processes.is_main:  # of several processes one writes
             return
         text = f"{when}: best step {self.best_step} of {run.step}, loss {self.best_loss:.4f}\n"
-        atomic_write_text(run.folder.directory / f"{run.folder.name}.diary.txt", text)
+        folder = run.folder.directory
+        atomic_write_text(folder / f"{run.folder.name}.diary.txt", text, root=folder)
 
 
 _diary = Diary()
 
 
 @hookimpl
-def hyimg_run_start(run: Run) -> None:
+def hyimg_run_start(run: TrainingRun) -> None:
     """A diary of its own for each run, which a resumed run finds as it was."""
     global _diary
-    from hyimg.training.resume import Stateful
-
     _diary = Diary()
-    run.remember(Stateful("diary", _diary.state_dict, _diary.load_state_dict))
+    run.register_state(Stateful("diary", _diary.state_dict, _diary.load_state_dict))
 
 
 @hookimpl
-def hyimg_step_end(run: Run, step: int, loss_B: torch.Tensor) -> None:
+def hyimg_step_end(run: TrainingRun, step: int, loss_B: torch.Tensor) -> None:
     run.measured["loss_worst"] = float(loss_B.max())
     if (loss := float(loss_B.mean())) < _diary.best_loss:
         _diary.best_step, _diary.best_loss = step, loss
 
 
 @hookimpl
-def hyimg_epoch_end(run: Run, epoch: int) -> None:
+def hyimg_epoch_end(run: TrainingRun, epoch: int) -> None:
     _diary.write(run, f"after epoch {epoch}")
 
 
 @hookimpl
-def hyimg_run_end(run: Run) -> None:
+def hyimg_run_end(run: TrainingRun) -> None:
     _diary.write(run, "at the end")

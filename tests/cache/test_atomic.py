@@ -21,6 +21,34 @@ def test_a_file_appears_whole_in_a_folder_that_is_made(tmp_path: Path) -> None:
     assert os.listdir(target.parent) == ["a.txt"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot flush folders")
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, int]] = []
+    flush, replace = os.fsync, os.replace
+
+    def watched_flush(descriptor: int) -> None:
+        done.append(("flushed", os.fstat(descriptor).st_ino))
+        flush(descriptor)
+
+    def watched_replace(source: Path, target: Path) -> None:
+        done.append(("renamed", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_flush)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    target = tmp_path / "a.txt"
+    with atomic_path(target) as temporary:
+        temporary.write_text("whole")
+    file, folder = target.stat().st_ino, tmp_path.stat().st_ino
+    assert done == [("flushed", file), ("renamed", file), ("flushed", folder)]
+    done.clear()
+    with atomic_path(target, durable=False) as temporary:
+        temporary.write_text("made again if it is lost")
+    assert done == [("renamed", target.stat().st_ino)]
+
+
 @pytest.mark.parametrize("failure", [ValueError("no"), KeyboardInterrupt()])
 def test_a_failure_leaves_the_old_file_and_no_rubbish(tmp_path: Path, failure: BaseException) -> None:
     target = tmp_path / "a.txt"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hyimg.cache.identity import file_identity, fingerprint
+from hyimg.cache.hashing import file_identity, fingerprint
 from hyimg.cache.index import Index
 from hyimg.errors import HyimgError
 
@@ -47,7 +47,7 @@ def test_two_writes_within_one_tick_of_the_clock_are_told_apart(
     model = tmp_path / "model.safetensors"
     for clock in (time.time_ns(), time.time_ns() // 10**9 * 10**9):  # and one of whole seconds
         # stands still, since a busy machine may take longer than a tick for what follows
-        monkeypatch.setattr("hyimg.cache.identity.time.time_ns", lambda clock=clock: clock + 5_000_000)
+        monkeypatch.setattr("hyimg.cache.hashing.time.time_ns", lambda clock=clock: clock + 5_000_000)
         for data in (b"first", b"other"):
             model.write_bytes(data)
             os.utime(model, ns=(clock, clock))

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
-from hyimg.cache.identity import FileStat
+import pytest
+
+from hyimg.cache.hashing import FileStat
 from hyimg.cache.index import INDEX_NAME, Index
+from hyimg.errors import HyimgError
 
 STAT = FileStat(size=3, mtime_ns=5, inode=7)
 
@@ -51,6 +58,8 @@ def test_a_flipped_bit_never_gives_a_wrong_answer(tmp_path: Path) -> None:
         for name, (stat, sha256, size) in known.items():
             if stat == STAT:  # another one would count as an edited file
                 assert (sha256, size) == (f"{int(name[1:]):02}" * 32, (640 + int(name[1:]), 480))
+        for number, name in enumerate(paths):
+            assert index.content_hash(name, STAT) in (None, f"{number:02}" * 32)
         lost += len(known) < 40
         index.close()
         for suffix in ("-wal", "-shm"):
@@ -111,3 +120,94 @@ def test_threads_share_an_index(tmp_path: Path) -> None:
         assert list(pool.map(lambda n: index.content_hash(f"/{n}", STAT), range(100))) == [
             str(n) for n in range(100)
         ]
+
+
+@pytest.mark.parametrize("application_id", [0, 77])
+@pytest.mark.parametrize("table", ["notes (text)", "files (path, size)"])
+def test_the_database_of_another_program_stays_as_it_is(
+    tmp_path: Path, application_id: int, table: str
+) -> None:
+    path = tmp_path / INDEX_NAME
+    with closing(sqlite3.connect(path)) as other:
+        other.execute(f"CREATE TABLE {table}")
+        other.execute(f"PRAGMA application_id = {application_id}")
+        other.commit()
+    before = path.read_bytes()
+    for _ in range(2):
+        with pytest.raises(HyimgError, match="another program's database") as told:
+            Index(tmp_path).remember_image_size("ab", (640, 480))
+        assert told.value.exit_code == 2
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {INDEX_NAME: before}
+
+
+def test_the_log_of_another_program_that_was_killed_is_left_to_it(tmp_path: Path) -> None:
+    """Opening such a database, and closing it, would write what the log holds into the file, and remove the log."""
+    (tmp_path / "cache").mkdir()
+    with closing(sqlite3.connect(tmp_path / "other")) as other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("CREATE TABLE notes (text)")
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        other.execute("INSERT INTO notes VALUES ('theirs')")
+        other.commit()
+        for suffix in ("", "-wal"):
+            shutil.copy(tmp_path / f"other{suffix}", tmp_path / "cache" / f"{INDEX_NAME}{suffix}")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    assert before[f"{INDEX_NAME}-wal"]
+    with pytest.raises(HyimgError, match="another program's database"):
+        Index(tmp_path / "cache").images(["/a"])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
+
+
+def test_what_another_program_has_not_yet_moved_out_of_its_log_counts(tmp_path: Path) -> None:
+    path = tmp_path / INDEX_NAME
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("CREATE TABLE notes (text)")
+        with pytest.raises(HyimgError, match="another program's database"):
+            Index(tmp_path).images(["/a"])
+        assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("notes",)]
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_index_of_an_older_release_is_taken_over(tmp_path: Path, version: int) -> None:
+    index = Index(tmp_path)
+    index.remember_content_hash("/a", STAT, "ab")
+    index.close()
+    with closing(sqlite3.connect(tmp_path / INDEX_NAME)) as older:
+        older.execute("PRAGMA application_id = 0")
+        older.execute(f"PRAGMA user_version = {version}")
+        older.execute("ALTER TABLE traits RENAME TO masks") if version == 2 else None
+        older.commit()
+    known = Index(tmp_path).content_hash("/a", STAT)
+    assert known == (None if version == 2 else "ab")
+    with closing(sqlite3.connect(tmp_path / INDEX_NAME)) as now:
+        assert now.execute("PRAGMA application_id").fetchone() == (int.from_bytes(b"hymi", "big"),)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal"])
+def test_a_link_in_place_of_the_index_is_replaced(tmp_path: Path, suffix: str) -> None:
+    cache, victim = tmp_path / "cache", tmp_path / "victim"
+    cache.mkdir()
+    with closing(sqlite3.connect(victim)) as other:
+        other.execute("CREATE TABLE notes (text)")
+        other.commit()
+    before = victim.read_bytes()
+    (cache / (INDEX_NAME + suffix)).symlink_to(victim)
+    index = Index(cache)
+    index.remember_content_hash("/a", STAT, "ab")
+    assert index.content_hash("/a", STAT) == "ab"
+    index.close()
+    assert victim.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "victim"]
+    assert not (cache / INDEX_NAME).is_symlink()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+def test_a_pipe_in_place_of_the_index_is_left_alone(tmp_path: Path, suffix: str) -> None:
+    pipe = tmp_path / (INDEX_NAME + suffix)
+    os.mkfifo(pipe)
+    index = Index(tmp_path)
+    index.remember_content_hash("a.png", FileStat(1, 2, 3), "abc")  # opening the pipe would wait for ever
+    assert index.content_hash("a.png", FileStat(1, 2, 3)) == "abc"
+    assert pipe.is_fifo()

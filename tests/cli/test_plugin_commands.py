@@ -117,18 +117,18 @@ def test_a_broken_plugin_stands_in_nobodys_way(hyimg):
 def test_a_name_that_exists_is_an_error_and_ours_runs(hyimg):
     code, out, err = hyimg("--help", plugins=(TAKEN,))
     assert code == 0
-    assert "gives `Train` for `hyimg NAME`, which `hyimg.cli.builtins` has already as `train`" in err
+    assert "provides `Train` for `hyimg NAME`, which `hyimg.plugins.builtins` already has as `train`" in err
     assert "Train a LoRA on the cached dataset." in out
     code, _, err = hyimg("greet", "you", plugins=(COMMAND, COMMAND))
     assert (code, err) == (0, ""), "the first to give a name has it"
     code, _, err = hyimg("--help", plugins=(COMMAND, COMMAND))
-    assert "gives `greet` for `hyimg NAME`, which `plugin0` has already" in err
+    assert "provides `greet` for `hyimg NAME`, which `plugin0` already has" in err
 
 
 def test_a_plugin_before_our_own_command_is_refused(hyimg):
     code, _, err = hyimg("plugins")
     assert code == 2
-    assert "hint: give it after: `hyimg plugins --plugin ...`" in err
+    assert "hint: put it after: `hyimg plugins --plugin ...`" in err
 
 
 def test_a_signature_that_makes_no_options_is_an_error(hyimg):
@@ -136,7 +136,7 @@ def test_a_signature_that_makes_no_options_is_an_error(hyimg):
     text += "@hookimpl\ndef hyimg_commands(): return {'f': f}"
     code, _, err = hyimg("f", plugins=(text,))
     assert code == 2
-    assert "command `f` has a signature that makes no options" in err
+    assert "command `f`: its signature cannot be turned into options" in err
     code, out, err = hyimg("--help", plugins=(text, COMMAND))
     assert (code, "greet" in out) == (0, True)
     assert "warning: the plugin `plugin0`" in err

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from hyimg.cli.argv import read_arguments
+from hyimg.cli.flag_names import Requests
 from hyimg.config import legacy
-from hyimg.config.commands import TrainConfig
+from hyimg.config.commands import InferConfig, TrainConfig
 from hyimg.config.load import make
-from hyimg.config.option import all_options
+from hyimg.config.option import ABSENT, SAME, all_options
+from hyimg.data.dataset_keys import KEYS
 from hyimg.errors import HyimgError
 
 # Every option of kohya-ss/sd-scripts' hunyuan_image_train_network.py (16 February 2026), its parsers' functions read
@@ -51,7 +57,7 @@ model_prediction_type discrete_flow_shift fp8_scaled fp8_vl text_encoder_cpu vae
 """.split()
 
 TRAIN = {"dit": "d", "dataset_config": "s", "output_dir": "o"}
-OWN = frozenset(name for opt in all_options(TrainConfig) for name in (opt.name, *opt.traits.aliases))
+OWN = frozenset(name for opt in all_options(TrainConfig) for name in opt.names)
 
 
 def test_no_flag_of_the_reference_tool_is_unknown():
@@ -79,7 +85,7 @@ def test_no_flag_is_both_an_option_and_answered_otherwise():
 )
 def test_a_sampler_of_the_reference_tool_becomes_one_of_ours(given, sampler):
     notes: list[str] = []
-    assert legacy.translate_arguments(["--sample_sampler", given], OWN, notes) == ["--sampler", sampler]
+    assert read_arguments("infer", ["--sample_sampler", given], Requests(), notes) == {"sampler": sampler}
     assert "`--sample_sampler` is `--sampler` here" in notes[0]
     assert legacy.translate_mapping({"sample_sampler": given}, OWN, [], notes) == {"sampler": sampler}
 
@@ -97,3 +103,139 @@ def test_a_secret_is_in_the_config_and_in_nothing_made_of_it():
 def test_a_wrong_choice_is_refused_with_the_right_ones(name):
     with pytest.raises(HyimgError, match=f"`--{name}` must be one of"):
         make(TrainConfig, {**TRAIN, name: "pubic"})
+
+
+def test_values_that_change_nothing_are_taken_with_one_note(tmp_path):
+    path = tmp_path / "kohya.toml"
+    path.write_text(
+        'sample_prompts = ""\ntext_encoder_lr = 0.0\nhuber_schedule = "snr"\nclip_skip = 1\nmax_token_length = 75\n'
+        "max_train_epochs = 0\nfp8_base = true\nfp8_scaled = true\nmin_snr_gamma = 0\nmultires_noise_discount = 0.3\n"
+        'keep_tokens = 0\ncaption_extension = ".txt"\nlr_scheduler_type = ""\nsave_every_n_steps = 0\n',
+        encoding="utf-8",
+    )
+    notes: list[str] = []
+    config = make(TrainConfig, TRAIN, run_file=path, notes=notes)
+    assert config.memory.fp8_scaled
+    assert config.duration.max_train_epochs is None
+    assert config.validation.sample_prompts is None
+    assert config.loss.huber_schedule == "constant"
+    (taken,) = notes
+    assert "huber_schedule" not in config.given
+    assert taken.startswith("ignored, since it changes nothing in this run: ")
+    assert taken.count("`") == 2 * 12 + 4
+    assert "`text_encoder_lr = 0.0`, `clip_skip = 1`, `max_token_length = 75`" in taken
+    assert '`sample_prompts = ""`' in taken
+    assert taken.endswith("`--huber_schedule snr` (with `--loss_type l2`)")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--clip_skip", "1"],
+        ["--max_token_length=75"],
+        ["--text_encoder_lr", "0", "0.0"],
+        ["--fp8_base", "--fp8_scaled"],
+        ["--noise_offset_random_strength"],
+        ["--token_warmup_min", "1"],
+        ["--min_snr_gamma", "0.0"],
+        ["--clip_l_dropout_rate", "0"],
+        ["--t5xxl", ""],
+    ],
+)
+def test_flags_at_values_that_change_nothing_are_taken_with_a_note(flags):
+    notes: list[str] = []
+    given = read_arguments("train", flags, Requests(), notes)
+    assert given == ({"fp8_scaled": True} if "--fp8_scaled" in flags else {})
+    (note,) = notes
+    assert note.startswith("ignored")
+    assert flags[0].partition("=")[0] in note
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--clip_skip", "2"],
+        ["--max_token_length", "225"],
+        ["--text_encoder_lr", "0", "1e-5"],
+        ["--fp8_base"],
+        ["--noise_offset", "0.1", "--noise_offset_random_strength"],
+        ["--token_warmup_step", "3"],
+        ["--t5xxl", "t5.safetensors"],
+        ["--apply_t5_attn_mask"],
+    ],
+)
+def test_flags_at_values_that_would_count_are_refused(flags):
+    with pytest.raises(HyimgError, match="not for this model"):
+        read_arguments("train", flags, Requests(), [])
+
+
+def test_a_value_that_would_count_is_refused_in_a_run_file_too(tmp_path):
+    path = tmp_path / "kohya.toml"
+    path.write_text("clip_skip = 2\ntext_encoder_lr = [0.0, 1e-5]\n", encoding="utf-8")
+    with pytest.raises(HyimgError) as caught:
+        make(TrainConfig, TRAIN, run_file=path)
+    assert "`clip_skip` is not for this model" in caught.value.message
+    assert "`text_encoder_lr` is not for this model" in caught.value.message
+
+
+def test_zero_on_the_command_line_is_not_given_where_other_tools_write_it():
+    notes: list[str] = []
+    assert (
+        make(TrainConfig, {**TRAIN, "max_train_epochs": "0"}, notes=notes).duration.max_train_epochs is None
+    )
+    assert notes == ["ignored, since it changes nothing in this run: `--max_train_epochs 0`"]
+
+
+def test_zero_on_the_command_line_wins_over_a_run_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("lr_warmup_steps = 100\nsave_every_n_steps = 5\nblocks_to_swap = 8\n", encoding="utf-8")
+    notes: list[str] = []
+    zeros = dict.fromkeys(("lr_warmup_steps", "save_every_n_steps", "blocks_to_swap"), "0")
+    config = make(TrainConfig, {**TRAIN, **zeros}, run_file=path, notes=notes)
+    assert (config.optimizer.lr_warmup_steps, config.memory.blocks_to_swap) == (0, 0)
+    assert config.saving.save_every_n_steps is None
+    assert config.given == TRAIN.keys()
+    assert notes == ["ignored, since it changes nothing in this run: `--save_every_n_steps 0`"], (
+        "0 is the default of the others"
+    )
+
+
+REFERENCE_DEFAULTS = json.loads(
+    (Path(__file__).parent / "reference_defaults.json").read_text(encoding="utf-8")
+)
+"""Every option of the same parsers with its default, the same day; `infer` is hunyuan_image_minimal_inference.py."""
+
+
+@pytest.mark.parametrize(("command", "config"), [("train", TrainConfig), ("infer", InferConfig)])
+def test_every_default_that_differs_from_the_reference_tools_is_declared(command, config):
+    reference = REFERENCE_DEFAULTS[command]
+    # what stands for "not given" there, or is decided later to the same value
+    same = {
+        "max_timestep",
+        "max_train_steps",
+        "train_batch_size",
+        "optimizer_type",
+        "attn_mode",
+        "lora_multiplier",
+    }
+    same |= {"infer_steps", "guidance_scale", "flow_shift"}
+    off = ([], None, False, "", 0)
+    for opt in all_options(config):
+        declared = opt.reference_default
+        if opt.name not in reference:
+            assert declared in (SAME, ABSENT) or opt.name in REFERENCE_DEFAULTS["train"], opt.name
+            continue
+        default = list(opt.default) if isinstance(opt.default, tuple) else opt.default
+        theirs = reference[opt.name]
+        if declared is not SAME:
+            assert declared == theirs, opt.name
+            assert opt.differs, opt.name
+        elif opt.name not in same:
+            assert default == theirs or (default in off and theirs in off), opt.name
+
+
+def test_the_reference_tools_defaults_of_dataset_keys_exist():
+    declared = [key for key in KEYS.values() if key.reference_default is not SAME]
+    assert len(declared) == 4
+    for key in declared:
+        assert REFERENCE_DEFAULTS["train"][key.name] == key.reference_default

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from hyimg.config import picture
+from hyimg.config import image_file
 from hyimg.config.commands import InferConfig
 from hyimg.config.load import make
+from hyimg.config.rendering import NO_APG
 from hyimg.errors import HyimgError
 
 SETTINGS: dict[str, Any] = {
@@ -30,7 +31,7 @@ FILES = ["a.safetensors", "b.safetensors"]
 @pytest.fixture
 def png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The path of a picture with SETTINGS; its LoRA files lie beside it."""
-    monkeypatch.setattr(picture, "read_settings", lambda path: SETTINGS)
+    monkeypatch.setattr(image_file, "read_settings", lambda path: SETTINGS)
     for name in FILES:
         (tmp_path / name).touch()
     return tmp_path / "a.png"
@@ -56,10 +57,32 @@ def test_settings_stand_between_flags_and_run_file(png: Path, tmp_path: Path) ->
     assert not config.memory.fp8_scaled
 
 
+def test_a_preset_stands_just_behind_what_is_given_with_it(png: Path, tmp_path: Path) -> None:
+    def sampling(flags: dict[str, Any], text: str) -> tuple[object, ...]:
+        run_file = tmp_path / "run.toml"
+        run_file.write_text(text)
+        got = make(InferConfig, flags, run_file=run_file).sampling
+        return got.apg_start_step_general, got.sampler, got.sampler_args, got.flow_shift, got.guidance_rescale
+
+    comfyui = (NO_APG, "euler", (), None, 0.0)
+    own = 'apg_start_step_general = 3\nsampler = "heun"\nsampler_args = "a=1"\nflow_shift = 2\n'
+    assert sampling({}, own)[:4] == (3, "heun", ("a=1",), 2.0)
+    assert sampling({"preset": "comfyui"}, "guidance_rescale = 0.5\n" + own) == comfyui
+    assert sampling({"preset": "comfyui", "flow_shift": "3"}, own) == (NO_APG, "euler", (), 3.0, 0.0)
+    assert sampling({}, 'preset = "comfyui"\napg_start_step_general = 3') == (3, "euler", (), None, 0.0)
+    assert sampling({"sampler": "heun"}, 'preset = "comfyui"') == (NO_APG, "heun", (), None, 0.0)
+    # the picture has `sampler_args`, which the preset takes away
+    assert sampling({"preset": "comfyui", "from_image": str(png)}, own) == comfyui
+    with pytest.raises(HyimgError, match="`--preset`"):
+        make(InferConfig, {"preset": "comfy"})
+
+
 def test_a_picture_without_loras_takes_none_from_the_run_file(
     png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(picture, "read_settings", lambda path: SETTINGS | {"loras": [], "sampler_args": []})
+    monkeypatch.setattr(
+        image_file, "read_settings", lambda path: SETTINGS | {"loras": [], "sampler_args": []}
+    )
     run_file = tmp_path / "run.toml"
     run_file.write_text('lora_weight = "x"\nlora_multiplier = 0.5\nsampler_args = "b=1"\n')
     config = make(InferConfig, {"from_image": str(png)}, run_file=run_file)
@@ -76,8 +99,13 @@ def test_loras_that_are_named_act_as_the_pictures_did(png: Path) -> None:
     assert config.lora.lora_multiplier == ()
 
 
+def test_a_lora_that_is_a_folder_is_found(tmp_path: Path) -> None:
+    (tmp_path / "peft").mkdir()
+    assert image_file.find_lora({"file": "peft"}, tmp_path / "a.png") == tmp_path / "peft"
+
+
 def test_a_picture_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "secret.safetensors").touch()
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(HyimgError, match="the LoRA `secret.safetensors`, which is neither beside it"):
-        picture.find_lora({"file": "../secret.safetensors"}, tmp_path / "pictures" / "a.png")
+    with pytest.raises(HyimgError, match="the LoRA `secret.safetensors`, which is neither next to it"):
+        image_file.find_lora({"file": "../secret.safetensors"}, tmp_path / "pictures" / "a.png")

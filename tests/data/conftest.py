@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyimg.data.dataset import DatasetFile
 from hyimg.data.dataset_file import load_dataset_file
+from hyimg.data.dataset_keys import DatasetFile
 
 
 def _settle(path: Path) -> None:
@@ -25,11 +25,15 @@ def add_image() -> Callable[..., Path]:
     """Writes a picture of noise (so that no two are equal), dated back so that it may be remembered."""
 
     def add(
-        path: Path, size: tuple[int, int] = (64, 64), caption: str | None = "a cat", seed: int = 0
+        path: Path,
+        size: tuple[int, int] = (64, 64),
+        caption: str | None = "a cat",
+        seed: int = 0,
+        mode: str = "RGB",
     ) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng([seed, *path.name.encode()]).integers(0, 256, (size[1], size[0], 3))
-        Image.fromarray(noise.astype(np.uint8)).save(path)
+        Image.fromarray(noise.astype(np.uint8)).convert(mode).save(path)
         _settle(path)
         if caption is not None:
             path.with_suffix(".txt").write_text(caption, encoding="utf-8")

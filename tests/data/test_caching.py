@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import multiprocessing
 import os
+import pickle
+import sys
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -12,32 +18,36 @@ import torch
 from PIL import Image
 
 from hyimg.cache.index import Index
-from hyimg.cache.latents import LatentStore
-from hyimg.cache.text import TextEntry, TextStore
-from hyimg.data.batches import epoch_batches
-from hyimg.data.dataset import DatasetFile
-from hyimg.data.pixels import image_batches
-from hyimg.data.plan import (
+from hyimg.cache.latents import LatentEntry, LatentStore
+from hyimg.cache.prompt_embeddings import PromptEmbedding, TextStore
+from hyimg.data import pixels
+from hyimg.data.batches import BatchLoader, TrainingData, lost_workers_explained
+from hyimg.data.caching import (
+    latent_batches,
     latent_store_for_training,
-    plan_latents,
-    plan_text,
+    latent_tasks,
+    missing_tasks,
     prompts_of,
     text_store_for_training,
+    text_tasks,
 )
-from hyimg.data.sample import Sample
-from hyimg.data.samples import scan
-from hyimg.data.training_data import BatchLoader, TrainingData
-from hyimg.errors import HyimgError
+from hyimg.data.dataset_file import parse_dataset
+from hyimg.data.dataset_keys import DatasetFile
+from hyimg.data.findings import sample_findings
+from hyimg.data.pixels import image_batches, load_mask, load_pixels
+from hyimg.data.samples import Batch, Sample, epoch_batches
+from hyimg.data.scan import scan
+from hyimg.errors import HyimgError, RunError
 
 AddImage = Callable[..., Path]
 MakeDataset = Callable[..., DatasetFile]
 
 
-def stand_in(prompt: str) -> TextEntry:
+def stand_in(prompt: str) -> PromptEmbedding:
     """A prompt's states, which no other prompt has."""
     number = sum(prompt.encode()) % 251  # bfloat16 holds whole numbers up to 256
     glyphs = torch.full((2, 6), float(number)).half() if '"' in prompt else None
-    return TextEntry(torch.full((len(prompt), 8), float(number)).bfloat16(), glyphs)
+    return PromptEmbedding(torch.full((len(prompt), 8), float(number)).bfloat16(), glyphs)
 
 
 class Caches:
@@ -50,15 +60,17 @@ class Caches:
         """Makes what is missing; the names of the images that were encoded."""
         store = LatentStore(self.folder / "latents", vae, index=Index(self.folder))
         encoded: list[str] = []
-        for batch in image_batches(plan_latents(samples, store).batches(batch_size)):
-            mean_BChw = torch.nn.functional.avg_pool2d(batch.image_BCHW, 32)
-            batch.write(store, mean_BChw, torch.ones_like(mean_BChw))
-            encoded += [task.sample.image_path.name for task in batch.tasks]
+        todo = missing_tasks(store, latent_tasks(samples, store))
+        for tasks, image_BCHW, masks_hw in image_batches(latent_batches(todo, batch_size)):
+            mean_BChw = torch.nn.functional.avg_pool2d(image_BCHW, 32)
+            for (sample, flipped), mean_Chw, mask_hw in zip(tasks, mean_BChw, masks_hw, strict=True):
+                store.write(sample.recipe(flipped), LatentEntry(mean_Chw, torch.ones_like(mean_Chw), mask_hw))
+                encoded.append(sample.image_path.name)
         return sorted(encoded)
 
     def text(self, samples: list[Sample], encoder: str = "encoder", *extra: str) -> list[str]:
         store = TextStore(self.folder / "text", encoder, index=Index(self.folder))
-        todo = plan_text(samples, store, extra).todo
+        todo = missing_tasks(store, text_tasks(samples, store, extra))
         for prompt in todo:
             store.write(prompt, stand_in(prompt))
         return todo
@@ -72,6 +84,29 @@ class Caches:
 @pytest.fixture
 def caches(tmp_path: Path) -> Caches:
     return Caches(tmp_path / "cache")
+
+
+def test_everyone_who_decodes_waits_for_the_memory(
+    tmp_path: Path, add_image: AddImage, dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_image(tmp_path / "images" / "a.tif", (96, 64), mode="CMYK")
+    add_image(tmp_path / "masks" / "a.png", (96, 64), caption=None)
+    (sample,) = scan(dataset("resolution = 64", "conditioning_data_dir = 'masks'")).samples
+    add_image(tmp_path / "images" / "b.png", (96, 64))
+    monkeypatch.setattr(pixels, "_BUDGET", pixels.MemoryBudget())
+    monkeypatch.setattr(pixels, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(pixels, "available_bytes", lambda: 96 * 64 * 8)  # and the file itself on top
+    too_little = r"decoding it takes about \d.* of memory, and 49\.2 kB are free"
+    with pytest.raises(HyimgError, match=too_little):
+        scan(dataset())
+    for look in (load_pixels, load_mask):
+        with pytest.raises(HyimgError, match=too_little):
+            look(sample)
+    index = Index(tmp_path / "cache")
+    seen = "cmyk_without_profile"
+    assert seen not in [found.kind for found in sample_findings([sample], index, transformed=False)]
+    monkeypatch.setattr(pixels, "available_bytes", lambda: 10**9)
+    assert seen in [found.kind for found in sample_findings([sample], index, transformed=False)]
 
 
 def test_what_was_cached_is_what_training_sees(
@@ -115,17 +150,106 @@ def test_worker_processes_load_the_same_in_the_same_order(
     caches.text(samples)
     data = caches.data(samples)
     here, there = BatchLoader(data), BatchLoader(data, num_workers=2, persistent_workers=True)
+    # a worker that is not forked (Windows, macOS, Python 3.14 and later) gets the data as a pickle
+    unpickled = BatchLoader(pickle.loads(pickle.dumps(data)))
     for epoch in (1, 2):
         batches = epoch_batches(samples, seed=0, epoch=epoch)
-        for one, other in zip(here.load(batches, epoch=epoch), there.load(batches, epoch=epoch), strict=True):
-            assert torch.equal(one.mean_BCHW, other.mean_BCHW)
-            assert (one.sample_keys, one.prompts) == (other.sample_keys, other.prompts)
+        loaded = [loader.load(batches, epoch=epoch) for loader in (here, there, unpickled)]
+        for one, *others in zip(*loaded, strict=True):
+            for other in others:
+                assert torch.equal(one.mean_BCHW, other.mean_BCHW)
+                assert (one.sample_keys, one.prompts) == (other.sample_keys, other.prompts)
     entry = data.latent_store.path(data.latent_store.key(samples[0].recipe()))
     entry.unlink()
     data.latent_store.path(data.latent_store.key(samples[0].recipe(flipped=True))).unlink()
     with pytest.raises(HyimgError, match=r"no latent cache entry.*0\.png") as told:
         list(there.load(epoch_batches(samples, seed=0, epoch=1), epoch=1))
     assert told.value.hint == "run `hyimg cache-latents`"
+
+
+@pytest.fixture
+def training_data(
+    tmp_path: Path, add_image: AddImage, dataset: MakeDataset, caches: Caches
+) -> tuple[TrainingData, list[Batch]]:
+    """Four samples and their batches."""
+    for number in range(4):
+        add_image(tmp_path / "images" / f"{number}.png", caption=f'{number} "sign"')
+    samples = scan(dataset("resolution = 64\nbatch_size = 1")).samples
+    caches.latents(samples)
+    caches.text(samples)
+    return caches.data(samples), epoch_batches(samples, seed=0, epoch=1)
+
+
+@pytest.mark.skipif(
+    multiprocessing.get_start_method() != "fork", reason="the workers are patched before they fork"
+)
+def test_batches_of_workers_need_no_shared_memory_and_no_descriptors(
+    training_data: tuple[TrainingData, list[Batch]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensor: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory (shm): No space left on device (28)")
+
+    data, batches = training_data
+    monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, full)
+    loaded = list(BatchLoader(data, num_workers=2).load(batches, epoch=1))
+    assert len(loaded) == 4
+    for batch, same in zip(loaded, BatchLoader(data).load(batches, epoch=1), strict=True):
+        for (text_TD, byt5_SE), (same_TD, same_SE) in zip(batch.text, same.text, strict=True):
+            assert (text_TD.dtype, byt5_SE.dtype) == (torch.bfloat16, torch.float16)
+            assert torch.equal(text_TD, same_TD)
+            assert torch.equal(byt5_SE, same_SE)
+        batch.weights_B.mul_(0)  # and is the reader's own
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, ["No space left on device in `/dev/shm`", "--shm-size"]),
+        (errno.EMFILE, ["Too many open files", "ulimit -n"]),
+        (errno.EAGAIN, ["Resource temporarily unavailable", "--max_data_loader_n_workers 0"]),
+    ],
+)
+def test_workers_that_cannot_start_say_which_limit_it_is(
+    number: int,
+    words: list[str],
+    training_data: tuple[TrainingData, list[Batch]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = 0
+
+    def start(process: multiprocessing.process.BaseProcess) -> None:
+        nonlocal started
+        started += 1
+        if started == 2:
+            raise OSError(number, os.strerror(number))
+        original(process)
+
+    ignored: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    original = multiprocessing.process.BaseProcess.start
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
+    data, batches = training_data
+    with pytest.raises(RunError) as told:
+        list(BatchLoader(data, num_workers=2).load(batches, epoch=1))
+    for word in ["cannot start 2 data loader processes", *words]:
+        assert word in str(told.value)
+    del told
+    gc.collect()
+    assert not ignored  # of torch, which ends what was started
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_killed_ends_the_run(training_data: tuple[TrainingData, list[Batch]]) -> None:
+    data, batches = training_data
+
+    def read() -> None:
+        with lost_workers_explained():
+            for _ in BatchLoader(data, num_workers=1).load(batches * 1000, epoch=1):
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+
+    with pytest.raises(RunError, match=r"died \((killed by signal: Killed|unexpectedly)\)"):
+        read()
 
 
 def test_an_edit_encodes_again_exactly_what_it_touches(
@@ -176,7 +300,7 @@ def test_damage_is_repaired_exactly_and_refused_by_training(
     with pytest.raises(HyimgError, match=r"needed for `.*[12]\.png`") as told:
         list(BatchLoader(data).load(epoch_batches(samples, seed=0, epoch=1), epoch=1))
     assert "hyimg cache-latents" in (told.value.hint or "")
-    with pytest.raises(HyimgError, match=r"no latent cache for `.*1\.png` \(and 1 more\)"):
+    with pytest.raises(HyimgError, match=r"no latent cache for `.*1\.png`, `.*2\.png` in"):
         latent_store_for_training(caches.folder / "latents", samples)
     assert caches.latents(samples) == ["1.png", "2.png"]
     assert len(list(BatchLoader(data).load(epoch_batches(samples, seed=0, epoch=1), epoch=1))) == 4
@@ -202,6 +326,26 @@ def test_training_without_models_takes_the_one_complete_cache(
     caches.latents(samples, "old vae")
     with pytest.raises(HyimgError, match="2 models"):
         latent_store_for_training(folder, samples)
+
+
+def test_latents_of_an_older_release_are_not_used_again(
+    tmp_path: Path,
+    add_image: AddImage,
+    dataset: MakeDataset,
+    caches: Caches,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    add_image(tmp_path / "images" / "a.png", size=(100, 100))
+    samples = scan(dataset()).samples
+    with monkeypatch.context() as before:
+        before.setattr(LatentStore, "key", lambda store, recipe: store.key_of(vars(recipe)))
+        assert caches.latents(samples) == ["a.png"]
+    with pytest.raises(HyimgError, match="no latent cache for .*: 1 latent is from an older release"):
+        latent_store_for_training(caches.folder / "latents", samples)
+    store = LatentStore(caches.folder / "latents", "vae")
+    assert store.num_outdated(sample.recipe() for sample in samples) == 1
+    assert caches.latents(samples) == ["a.png"]
+    latent_store_for_training(caches.folder / "latents", samples)
 
 
 def test_all_variants_the_empty_prompt_and_extra_prompts_are_planned_once(
@@ -245,19 +389,36 @@ def test_mirrored_views_and_masks_belong_together(
     assert entry.mean_CHW[:, 0, 1].tolist() == [1.0, 1.0, 1.0]  # white
 
 
-def test_batches_to_encode_are_of_one_bucket_and_divided_without_rest(
+def test_an_image_without_a_mask_counts_whole_in_a_batch_with_masks(
+    tmp_path: Path, add_image: AddImage, caches: Caches
+) -> None:
+    add_image(tmp_path / "plain" / "a.png")
+    image = Image.open(add_image(tmp_path / "masked" / "b.png")).convert("RGBA")
+    image.putalpha(0)
+    image.save(tmp_path / "masked" / "b.png")
+    subsets = [{"image_dir": "plain"}, {"image_dir": "masked", "alpha_mask": True}]
+    document = {"datasets": [{"resolution": 64, "batch_size": 2, "subsets": subsets}]}
+    samples = scan(parse_dataset(document, tmp_path / "set.toml")).samples
+    caches.latents(samples)
+    caches.text(samples)
+    batches = epoch_batches(samples, seed=0, epoch=1, shuffle=False)
+    (loaded,) = BatchLoader(caches.data(samples)).load(batches, epoch=1)
+    assert loaded.alpha_mask_BHW is not None
+    assert loaded.alpha_mask_BHW.tolist() == [[[1.0] * 2] * 2, [[0.0] * 2] * 2]
+
+
+def test_batches_to_encode_have_one_bucket_each_and_contain_every_image(
     tmp_path: Path, add_image: AddImage, dataset: MakeDataset, caches: Caches
 ) -> None:
     for number in range(7):
         add_image(tmp_path / "images" / f"{number}.png", (64, 128) if number % 2 else (128, 64))
     samples = scan(dataset("resolution = 96\nenable_bucket = true")).samples
     assert {sample.bucket for sample in samples} == {(64, 128), (128, 64)}
-    plan = plan_latents(samples, LatentStore(caches.folder / "latents", "vae"))
-    batches = plan.batches(3)
-    assert all(len({task.sample.bucket for task in batch}) == 1 for batch in batches)
-    shares = [task for rank in range(2) for batch in plan.batches(3, rank=rank, world=2) for task in batch]
-    assert {id(task) for task in shares} == {id(task) for task in plan.todo}
-    assert len(shares) == 7
+    tasks = list(latent_tasks(samples, LatentStore(caches.folder / "latents", "vae")).values())
+    batches = latent_batches(tasks, 3)
+    assert all(len({sample.bucket for sample, _ in batch}) == 1 for batch in batches)
+    assert sorted(len(batch) for batch in batches) == [1, 3, 3]
+    assert {id(sample) for batch in batches for sample, _ in batch} == {id(sample) for sample in samples}
 
 
 def test_an_image_that_changes_after_the_scan_is_not_cached_as_the_old_one(
@@ -266,6 +427,6 @@ def test_an_image_that_changes_after_the_scan_is_not_cached_as_the_old_one(
     path = add_image(tmp_path / "images" / "a.png")
     samples = scan(dataset()).samples
     add_image(path, seed=1)
-    with pytest.raises(HyimgError, match=r"a\.png` was changed while"):
+    with pytest.raises(HyimgError, match=r"a\.png` changed during"):
         caches.latents(samples)
     assert LatentStore.identities(caches.folder / "latents") == []

@@ -79,8 +79,15 @@ def test_caption_files_of_odd_encodings(tmp_path: Path) -> None:
     path.write_bytes("\ufeff一只猫，“咖啡”\n".encode())
     assert read_caption_file(path) == "一只猫，“咖啡”"
     path.write_bytes(b"\xff\xfeb\x00a\x00d\x00")
+    with pytest.raises(HyimgError, match=r"`.*a\.txt` is UTF-16, not UTF-8"):
+        read_caption_file(path)
+    path.write_bytes("咖啡".encode("gbk"))
     with pytest.raises(HyimgError, match=r"`.*a\.txt` is not UTF-8"):
         read_caption_file(path)
+    for data in ("a cat".encode("utf-16-le"), b"a cat\0"):
+        path.write_bytes(data)
+        with pytest.raises(HyimgError, match=r"`.*a\.txt` has NUL characters"):
+            read_caption_file(path)
 
 
 def test_a_variant_depends_on_caption_settings_and_number_only() -> None:
@@ -111,6 +118,31 @@ def test_metadata_gives_tags_to_every_line() -> None:
     entry = {"caption": "a cat\n\n a dog ", "tags": "pet, fur"}
     assert caption_from_metadata(entry, CaptionSettings()) == "a cat, pet, fur\na dog, pet, fur"
     assert caption_from_metadata({"tags": ["猫", "犬"]}, CaptionSettings(caption_separator=";")) == "猫;犬"
-    assert caption_from_metadata({}, CaptionSettings()) == ""
-    with pytest.raises(ValueError, match="`caption` is no text"):
-        caption_from_metadata({"caption": 3}, CaptionSettings())
+    whole = CaptionSettings(multiline_caption=True)
+    assert caption_from_metadata(entry, whole) == "a cat\n\na dog, pet, fur"
+    assert caption_from_metadata({"text": "a cat", "caption": None}, CaptionSettings()) == "a cat"
+    assert caption_from_metadata({"file_name": "a.png"}, CaptionSettings()) is None
+    for wrong, why in (({"caption": 3}, "not text"), ({"tags": [3]}, "`tags`"), ({"text": " "}, "empty")):
+        with pytest.raises(ValueError, match=why):
+            caption_from_metadata(wrong, CaptionSettings())
+
+
+TWO_PARAGRAPHS = "\ufeff  A cat, asleep. \r\n on a {red|blue} chair \r\n\r\n\r\n\r\nIt is evening.\n\n"
+
+
+def test_multiline_caption_takes_the_whole_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(TWO_PARAGRAPHS.encode())
+    whole = CaptionSettings(multiline_caption=True, caption_prefix="photo:", caption_suffix="end")
+    caption = read_caption_file(path, whole)
+    assert caption == "A cat, asleep.\non a {red|blue} chair\n\nIt is evening."
+    assert variants(caption, whole, 8) == [f"photo: {caption} end"]
+    assert CaptionSettings().num_dropped_lines(read_caption_file(path)) == 2
+    assert whole.num_dropped_lines(caption) == 0
+
+
+def test_wildcards_in_a_whole_text_leave_its_lines_alone() -> None:
+    whole = CaptionSettings(multiline_caption=True, enable_wildcard=True)
+    assert set(variants("a\n{b|c}\n\nd", whole, 16)) == {"a\nb\n\nd", "a\nc\n\nd"}
+    assert variants("a\nb", whole, 8) == ["a\nb"]
+    assert whole.num_dropped_lines("a\nb") == 0

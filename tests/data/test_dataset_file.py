@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 
-from hyimg.data.dataset import Dataset
 from hyimg.data.dataset_file import load_dataset_file, parse_dataset
+from hyimg.data.dataset_keys import Dataset
 from hyimg.errors import HyimgError
 
 
@@ -87,6 +86,56 @@ def test_json_says_the_same_and_the_inner_value_wins(tmp_path: Path) -> None:
     assert (dataset.resolution, dataset.batch_size, dataset.prior_loss_weight) == ((512, 512), 5, 0.5)
 
 
+def test_bounds_that_are_no_multiple_of_the_step_are_moved_outwards_and_noted() -> None:
+    table = {"resolution": 512, "enable_bucket": True, "min_bucket_reso": 100, "max_bucket_reso": 1000}
+    read = parse_dataset({"datasets": [{**table, "subsets": [{"image_dir": "cats"}]}]}, Path("set.toml"))
+    assert read.datasets[0].bucket_sizes.bounds == (96, 1024)
+    assert read.notes == (
+        "`min_bucket_reso` 100 is taken as 96, a multiple of 32: [[datasets]] 1",
+        "`max_bucket_reso` 1000 is taken as 1024, a multiple of 32: [[datasets]] 1",
+    )
+    table |= {"min_bucket_reso": 96, "max_bucket_reso": 1024}
+    assert parse_dataset({"datasets": [{**table, "subsets": [{"image_dir": "cats"}]}]}, Path("x")).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("keys", "note"),
+    [
+        (
+            {"min_bucket_reso": 64, "bucket_reso_steps": 64, "bucket_no_upscale": True},
+            "`min_bucket_reso`, `bucket_reso_steps`, `bucket_no_upscale` without effect (there is no `enable_bucket`)",
+        ),
+        (
+            {"enable_bucket": True, "bucket_no_upscale": True, "max_bucket_reso": 1000},
+            "`max_bucket_reso` without effect (buckets follow the images with `bucket_no_upscale`)",
+        ),
+    ],
+)
+def test_bucket_keys_that_change_nothing_are_noted(keys: dict[str, object], note: str) -> None:
+    document = {"datasets": [{"resolution": 64, **keys, "subsets": [{"image_dir": "cats"}]}]}
+    assert parse_dataset(document, Path("set.toml")).notes == (f"{note}: [[datasets]] 1",)
+
+
+def test_notes_of_a_kind_are_one_line_however_many_subsets() -> None:
+    subsets: list[dict[str, object]] = [{"image_dir": "cats", "num_repeats": 0} for _ in range(20)]
+    subsets += [{"image_dir": "dogs", "is_reg": True, "validation_split": 0.5}, {"image_dir": "dogs"}]
+    general = {"keep_tokens": 1, "token_warmup_min": 3}
+    read = parse_dataset(
+        {"general": general, "datasets": [{"resolution": 64, "subsets": subsets}]}, Path("x")
+    )
+    places = "[[datasets]] 1, subset 1, [[datasets]] 1, subset 2, [[datasets]] 1, subset 3 and 19 more"
+    assert read.notes == (
+        f"`keep_tokens` without effect (no tag is shuffled or dropped): {places}",
+        f"`token_warmup_min` without effect (there is no token warm-up): {places}",
+        "`validation_split` without effect (regularisation images are never held back): [[datasets]] 1, subset 21",
+        f"subset with `num_repeats = 0`, skipped: `{Path.cwd() / 'cats'}`",
+        f"subset that is there twice in [[datasets]] 1, of which the first counts: `{Path.cwd() / 'dogs'}`",
+    )
+    plain = {"resolution": 64, "subsets": [{"image_dir": "cats"}]}
+    shuffled = {"general": {"keep_tokens": 1, "shuffle_caption": True}, "datasets": [plain]}
+    assert parse_dataset(shuffled, Path("x")).notes == ()
+
+
 def test_bounds_of_buckets_follow_the_resolution() -> None:
     assert one({"resolution": 2048, "enable_bucket": True}).bucket_sizes.bounds == (256, 2048)
     assert one({"resolution": 64, "enable_bucket": True}).bucket_sizes.bounds == (32, 1024)
@@ -116,29 +165,26 @@ def test_all_problems_are_one_error() -> None:
     assert lines[1:] == [
         "the top level: unknown key `generall`; did you mean `general`?",
         "[[datasets]] 1: unknown key `resolutoin`; did you mean `resolution`?",
-        '[[datasets]] 1: `batch_size` must be a whole number of at least 1, not "2"',
+        '[[datasets]] 1: `batch_size` must be a whole number, got `"2"`',
         "[[datasets]] 1, subset 1: unknown key `num_repeat`; did you mean `num_repeats`?",
         "[[datasets]] 1, subset 1: `resolution` belongs in [[datasets]] or [general]",
-        "[[datasets]] 1, subset 2: `num_repeats` must be a whole number of at least 0, not -1",
-        "[[datasets]] 1, subset 2: `flip_aug` must be true or false, not 1",
+        "[[datasets]] 1, subset 2: `num_repeats` must be at least 0, got -1",
+        "[[datasets]] 1, subset 2: `flip_aug` must be true or false, got `1`",
         f"[[datasets]] 1, subset 2: `image_dir` `nowhere` does not exist (looked for in `{Path.cwd()}`)",
         "[[datasets]] 1, subset 3: `image_dir` (or `metadata_file`) is missing",
         "[[datasets]] 1: `resolution` is missing",
     ]
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "reason"),
-    [
-        ("color_aug", True, "latents are cached"),
-        ("random_crop", True, "latents are cached"),
-        ("face_crop_aug_range", [1.0, 2.0], "latents are cached"),
-        ("token_warmup_step", 10, "text is cached"),
-    ],
-)
-def test_what_cannot_be_honoured_is_refused_with_the_reason(key: str, value: object, reason: str) -> None:
-    told = complaint({"resolution": 64}, {key: value})
-    assert f"`{key}` cannot be used: {reason}" in told
+def test_folders_that_are_not_there_are_one_line() -> None:
+    subsets = [{"image_dir": f"gone{number}"} for number in range(20)]
+    with pytest.raises(HyimgError) as told:
+        parse_dataset({"datasets": [{"resolution": 64, "subsets": subsets}]}, Path("set.toml"))
+    assert told.value.message == (
+        f"`set.toml`, `image_dir` does not exist (looked for in `{Path.cwd()}`): "
+        "`gone0` ([[datasets]] 1, subset 1), `gone1` ([[datasets]] 1, subset 2), "
+        "`gone2` ([[datasets]] 1, subset 3) and 17 more"
+    )
 
 
 def test_a_refused_key_that_asks_for_nothing_is_taken() -> None:
@@ -149,30 +195,15 @@ def test_a_refused_key_that_asks_for_nothing_is_taken() -> None:
 @pytest.mark.parametrize(
     ("dataset", "told"),
     [
-        ({"resolution": 1000}, "`resolution` must be a multiple of 32: take 992 or 1024, not 1000"),
-        ({"resolution": [1024]}, "a whole number or [width, height]"),
-        ({"resolution": 1024, "bucket_reso_steps": 48}, "`bucket_reso_steps` must be a multiple of 32"),
         (
             {"resolution": 2048, "enable_bucket": True, "max_bucket_reso": 1024},
             "1024 is under the resolution",
         ),
         ({"resolution": 128, "enable_bucket": True, "min_bucket_reso": 256}, "256 is over the resolution"),
-        ({"resolution": 64, "validation_split": 1.0}, "below 1"),
-        ({"resolution": 64, "resize_interpolation": "lancsoz"}, "did you mean `lanczos`?"),
-        ({"resolution": 64, "caption_dropout_rate": 1.5}, "between 0 and 1"),
         ({"resolution": 64, "is_reg": True}, "`is_reg` belongs in [[datasets.subsets]]"),
-        ({"resolution": True}, "a whole number"),
-        ({"resolution": 10**9}, "`resolution` must be at most 16384"),
-        ({"resolution": [64, 10**400]}, "must be at most 16384"),
-        ({"resolution": 64, "max_bucket_reso": 10**9}, "`max_bucket_reso` must be at most 16384"),
-        ({"resolution": 64, "bucket_reso_steps": 32 * 10**9}, "`bucket_reso_steps` must be at most 16384"),
-        ({"resolution": 64, "network_multiplier": math.nan}, "must be a finite number"),
-        ({"resolution": 64, "network_multiplier": 10**400}, "must be a finite number"),
-        ({"resolution": 64, "prior_loss_weight": math.inf}, "must be a number of at least 0"),
-        ({"resolution": 64, "prior_loss_weight": 10**400}, "must be a number of at least 0"),
     ],
 )
-def test_contradictions_and_wrong_values_are_named(dataset: dict[str, object], told: str) -> None:
+def test_contradictions_are_named(dataset: dict[str, object], told: str) -> None:
     assert told in complaint(dataset)
 
 
@@ -200,6 +231,9 @@ def test_masks_and_metadata_cannot_be_combined_with_what_excludes_them(tmp_path:
     assert "`is_reg` cannot be combined" in complaint(
         {"resolution": 64}, {"metadata_file": "m.json", "is_reg": True}
     )
+    assert "`recursive` cannot be combined" in complaint(
+        {"resolution": 64}, {"metadata_file": "m.json", "recursive": True}
+    )
     assert "`metadata_file` `dogs` is a folder" in complaint({"resolution": 64}, {"metadata_file": "dogs"})
 
 
@@ -222,7 +256,7 @@ def test_the_first_of_duplicate_subsets_counts_and_zero_repeats_leave_one_out() 
     ]
     read = parse_dataset({"datasets": [{"resolution": 64, "subsets": subsets}]}, Path("set.toml"))
     assert [subset.num_repeats for subset in read.datasets[0].subsets] == [2]
-    assert ["there twice" in read.notes[0], "left out" in read.notes[1]] == [True, True]
+    assert ["there twice" in read.notes[0], "num_repeats = 0" in read.notes[1]] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -242,3 +276,14 @@ def test_a_file_that_is_no_dataset_file_is_named(tmp_path: Path, name: str, text
         (tmp_path / name).write_text(text)
     with pytest.raises(HyimgError, match=name):
         load_dataset_file(tmp_path / name)
+
+
+def test_of_many_problems_the_first_are_listed_and_the_rest_counted(tmp_path):
+    path = tmp_path / "data.toml"
+    path.write_text("\n".join(f"key{n} = {n}" for n in range(72)), encoding="utf-8")
+    with pytest.raises(HyimgError) as caught:
+        load_dataset_file(path)
+    lines = caught.value.message.splitlines()
+    assert len(lines) < 16
+    assert "73 problems" in lines[0]
+    assert "61 more" in lines[-1]

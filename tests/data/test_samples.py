@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import struct
 import sys
@@ -12,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from hyimg.cache.index import Index
-from hyimg.data.batches import epoch_batches
-from hyimg.data.dataset import DatasetFile
 from hyimg.data.dataset_file import parse_dataset
-from hyimg.data.sample import choose
-from hyimg.data.samples import scan
+from hyimg.data.dataset_keys import DatasetFile
+from hyimg.data.samples import choose, epoch_batches
+from hyimg.data.scan import scan
 from hyimg.errors import HyimgError
 
 AddImage = Callable[..., Path]
@@ -40,20 +38,20 @@ def test_a_warm_scan_opens_no_image(
     for number in range(5):
         add_image(tmp_path / "images" / f"{number}.png", (64 + number, 64))
     cold = scan(dataset(), Index(tmp_path / "cache")).samples
-    opened: list[str] = []
-    original = Path.read_bytes
+    opened: set[str] = set()
 
-    def read_bytes(path: Path) -> bytes:
-        opened.append(path.suffix)
-        return original(path)
+    def watched(path: str | Path, *arguments: object) -> int:
+        opened.add(Path(path).name)
+        return original(path, *arguments)
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    original: Callable[..., int] = os.open
+    monkeypatch.setattr(os, "open", watched)
     warm = scan(dataset(), Index(tmp_path / "cache")).samples
     assert warm == cold
-    assert ".png" not in opened
+    assert {Path(name).suffix for name in opened} == {".txt", ".toml"}
     add_image(tmp_path / "images" / "3.png", (80, 64), seed=1)
     assert scan(dataset(), Index(tmp_path / "cache")).samples[3].image_size == (80, 64)
-    assert opened.count(".png") == 1
+    assert {name for name in opened if name.endswith(".png")} == {"3.png"}
 
 
 def test_an_edited_file_of_equal_size_is_noticed(
@@ -95,9 +93,9 @@ def test_everything_that_is_wrong_on_disk_is_one_error(
     with pytest.raises(HyimgError) as told:
         scan(dataset())
     assert "has 2 problems" in told.value.message
-    assert "there is no caption for" in told.value.message
-    assert "no_caption.txt` or `no_caption.caption`" in told.value.message
-    assert "empty.txt` is empty" in told.value.message
+    assert "there is no caption for `images/no_caption.png`; " in told.value.message
+    assert "the ending `.txt` or `.caption`" in told.value.message
+    assert "the caption file `images/empty.txt`: it is empty" in told.value.message
     with_class = dataset(subset_lines="class_tokens = 'cat'\ncaption_extension = '.md'")
     assert {sample.prompts for sample in scan(with_class).samples} == {("cat",)}
 
@@ -114,7 +112,7 @@ def test_a_broken_image_is_named_or_left_out_and_listed(
     assert [sample.image_path for sample in left.samples] == [good]
     assert [path for path, _ in left.skipped] == [bad]
     good.unlink()
-    with pytest.raises(HyimgError, match="no image of"):
+    with pytest.raises(HyimgError, match="no image can be read from `images`"):
         scan(dataset(), on_bad_image="skip")
 
 
@@ -122,7 +120,7 @@ def test_a_folder_without_images_is_an_error_that_looks_one_deeper(
     tmp_path: Path, add_image: AddImage, dataset: MakeDataset
 ) -> None:
     add_image(tmp_path / "images" / "10_cats" / "a.png")
-    with pytest.raises(HyimgError, match=r"no image in `.*images` itself .*`10_cats`"):
+    with pytest.raises(HyimgError, match=r"no image in `images`.*`10_cats`.*`recursive = true`"):
         scan(dataset())
 
 
@@ -139,46 +137,6 @@ def test_links_that_lead_nowhere_and_odd_names_are_named(
         (images / f"{name}.png").unlink()
 
 
-def test_a_metadata_file_nested_without_end_is_a_sentence(tmp_path: Path, add_image: AddImage) -> None:
-    add_image(tmp_path / "a.png", caption=None)
-    (tmp_path / "m.json").write_text("[" * 200_000)
-    subset = {"image_dir": str(tmp_path), "metadata_file": str(tmp_path / "m.json")}
-    read = parse_dataset({"datasets": [{"resolution": 64, "subsets": [subset]}]}, tmp_path / "set.toml")
-    with pytest.raises(HyimgError, match=r"m\.json`: it is nested too deeply"):
-        scan(read, Index(None))
-
-
-def test_doubtful_things_are_noted(tmp_path: Path, add_image: AddImage, dataset: MakeDataset) -> None:
-    path = add_image(tmp_path / "images" / "a.png")
-    path.with_suffix(".caption").write_text("other")
-    (tmp_path / "images" / "film.mp4").write_bytes(b"")
-    (tmp_path / "images" / ".DS_Store").write_bytes(b"")
-    found = scan(dataset())
-    assert found.samples[0].prompts == ("a cat",)
-    assert any("two captions, `a.txt` and `a.caption`" in note for note in found.notes)
-    assert any(note.endswith("not taken for images: `.mp4`") for note in found.notes)
-
-
-def test_a_metadata_file_gives_captions_and_tags(tmp_path: Path, add_image: AddImage) -> None:
-    for name in ("a.png", "b.png", "c.png"):
-        add_image(tmp_path / "images" / name, caption=None)
-    listing = tmp_path / "listing.json"
-    listing.write_text(json.dumps({"a.png": {"caption": "x", "tags": "y, z"}, "b.png": {"tags": "w"}}))
-    subset = {"metadata_file": str(listing), "image_dir": str(tmp_path / "images")}
-    document = {"datasets": [{"resolution": 64, "subsets": [subset]}]}
-    found = scan(parse_dataset(document, tmp_path / "set.toml"))
-    assert [sample.prompts for sample in found.samples] == [("x, y, z",), ("w",)]
-    assert "1 images in" in found.notes[0]
-    lines = tmp_path / "listing.jsonl"
-    lines.write_text('{"image_path": "c.png", "caption": "猫"}\n')
-    in_lines = {"resolution": 64, "subsets": [{**subset, "metadata_file": str(lines)}]}
-    found = scan(parse_dataset({"datasets": [in_lines]}, tmp_path / "set.toml"))
-    assert [sample.prompts for sample in found.samples] == [("猫",)]
-    listing.write_text(json.dumps({"gone.png": {"caption": "x"}}))
-    with pytest.raises(HyimgError, match=r"there is no image `.*gone\.png`"):
-        scan(parse_dataset(document, tmp_path / "set.toml"))
-
-
 def test_masks_belong_to_recipes_and_must_have_the_images_shape(
     tmp_path: Path, add_image: AddImage, dataset: MakeDataset
 ) -> None:
@@ -191,7 +149,7 @@ def test_masks_belong_to_recipes_and_must_have_the_images_shape(
     second = scan(dataset(subset_lines=lines)).samples[0]
     assert first.recipe() != second.recipe()
     add_image(mask, (64, 64), caption=None)
-    with pytest.raises(HyimgError, match="another shape"):
+    with pytest.raises(HyimgError, match="another aspect ratio"):
         scan(dataset(subset_lines=lines))
     mask.rename(tmp_path / "masks" / "b.jpg")
     with pytest.raises(HyimgError, match="there is no mask"):
@@ -213,6 +171,26 @@ def test_validation_holds_images_back_and_never_all_or_none(
     for split, told in ((0.01, "none to validate"), (0.99, "none to train")):
         with pytest.raises(HyimgError, match=told):
             scan(dataset(subset_lines=f"validation_split = {split}"))
+
+
+def test_a_subset_may_be_for_validation_only_where_another_one_trains(
+    tmp_path: Path, add_image: AddImage, dataset: MakeDataset
+) -> None:
+    for name in ("images/a.png", "held/b.png", "held/c.png"):
+        add_image(tmp_path / name)
+    train, held = {"image_dir": "images"}, {"image_dir": "held", "validation_split": 1.0}
+
+    def load(*datasets: list[dict[str, object]]) -> DatasetFile:
+        tables = [{"resolution": 64, "subsets": subsets} for subsets in datasets]
+        return parse_dataset({"datasets": tables}, tmp_path / "set.toml")
+
+    for document in (load([train, held]), load([train], [held])):  # within a dataset, and a dataset by itself
+        found = scan(document)
+        assert [sample.image_path.name for sample in found.samples] == ["a.png"]
+        assert [sample.image_path.name for sample in found.validation] == ["b.png", "c.png"]
+        assert found.warnings == []
+    with pytest.raises(HyimgError, match=r"no image to train on: `validation_split = 1`"):
+        scan(load([held]))
 
 
 @pytest.mark.parametrize(("num_regular", "repeats"), [(1, [8]), (3, [3, 3, 2]), (8, [1] * 8), (11, [1] * 8)])
@@ -246,12 +224,12 @@ def test_what_a_sample_shows_follows_from_its_key_and_turn(
     assert shown == [choose(sample, seed=1, epoch=epoch, repeat=0) for epoch in range(1, 401)]
     assert shown != [choose(sample, seed=2, epoch=epoch, repeat=0) for epoch in range(1, 401)]
     assert shown != [choose(sample, seed=1, epoch=epoch, repeat=1) for epoch in range(1, 401)]
-    flips = [choice.flipped for choice in shown]
-    assert flips != [choose(other, seed=1, epoch=epoch, repeat=0).flipped for epoch in range(1, 401)]
+    flips = [flipped for _, flipped in shown]
+    assert flips != [choose(other, seed=1, epoch=epoch, repeat=0)[1] for epoch in range(1, 401)]
     # 400 draws: four standard deviations
     assert abs(sum(flips) - 200) < 40
-    assert abs(sum(choice.prompt == "" for choice in shown) - 100) < 35
-    assert {choice.prompt for choice in shown} == {"", *sample.prompts}
+    assert abs(sum(prompt == "" for prompt, _ in shown) - 100) < 35
+    assert {prompt for prompt, _ in shown} == {"", *sample.prompts}
 
 
 def test_every_nth_epoch_may_have_no_captions(
@@ -259,7 +237,7 @@ def test_every_nth_epoch_may_have_no_captions(
 ) -> None:
     add_image(tmp_path / "images" / "a.png")
     (sample,) = scan(dataset(subset_lines="caption_dropout_every_n_epochs = 2")).samples
-    prompts = [choose(sample, seed=0, epoch=epoch, repeat=0).prompt for epoch in range(5)]
+    prompts = [choose(sample, seed=0, epoch=epoch, repeat=0)[0] for epoch in range(5)]
     assert prompts == ["", "a cat", "", "a cat", ""]  # golden captions.json: epochs 0, 1 and 4
 
 

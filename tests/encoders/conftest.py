@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,15 +17,6 @@ from hyimg.encoders.tiny import make_tiny_byt5, make_tiny_qwen, train_tiny_token
 from hyimg.encoders.tokenizer import QwenTokenizer, load_qwen_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Bit-equality is promised for one number of threads; and the tests share the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Golden:

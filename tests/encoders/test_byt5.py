@@ -47,7 +47,7 @@ def test_a_prompt_has_its_valid_tokens_and_none_where_nothing_is_quoted(encoder)
 
 def test_prompts_without_quotes_read_no_weight(models, monkeypatch):
     encoder = ByT5Encoder.open(models / "byt5.safetensors")
-    monkeypatch.setattr("hyimg.model.safetensors_file.Checkpoint.read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("hyimg.checkpoints.safetensors_file.Checkpoint.read", lambda *_: pytest.fail("read"))
     assert encoder.encode([None, None]) == [None, None]
 
 
@@ -93,6 +93,13 @@ def test_every_misfit_stands_in_one_error(golden_json, write_header):
     assert "`encoder.final_layer_norm.weight` is missing" in message
     assert "`encoder.block.11.layer.1.DenseReluDense.wo.weight` has the shape [3, 4]" in message
     assert "`decoder.final_layer_norm.weight` is not known" in message
+
+
+def test_a_layer_of_a_huge_number_is_refused(golden_json, write_header):
+    shapes = dict(golden_json("byt5_keys.json")["keys"])
+    shapes["encoder.block.999999999999.layer.0.layer_norm.weight"] = [1472]
+    with pytest.raises(HyimgError, match=r"encoder\.block\.12\..* is missing"):
+        check_byt5(write_header(shapes, "F16"))
 
 
 def test_another_model_or_vocabulary_is_refused(models, byt5_golden, tmp_path):

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from hyimg.encoders.byt5_tokens import MAX_GLYPH_TOKENS, NUM_PLAIN_TOKENS, NUM_TOKENS, tokenize_glyphs
-from hyimg.encoders.glyph import glyph_prompt, quoted_texts, single_quoted_texts
+from hyimg.encoders.glyph import (
+    MAX_GLYPH_TOKENS,
+    NUM_PLAIN_TOKENS,
+    NUM_TOKENS,
+    glyph_prompt,
+    quoted_texts,
+    single_quoted_texts,
+    tokenize_glyphs,
+)
 
 
 def _prompts(golden_json):

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hyimg.encoders.lint import lint_prompt
+from hyimg.encoders.glyph import lint_prompt
 
 
 def test_byt5s_special_tokens_count_only_where_byt5_sees_them() -> None:

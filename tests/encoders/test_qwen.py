@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from hyimg.checkpoints.safetensors_file import Checkpoint
 from hyimg.encoders import qwen as qwen_module
-from hyimg.encoders.qwen import QwenEncoder, check_qwen
-from hyimg.encoders.qwen_layer import decoder_layer, rotation
-from hyimg.encoders.template import TEMPLATE_TOKENS
+from hyimg.encoders.qwen import QwenEncoder, check_qwen, decoder_layer, rotation
+from hyimg.encoders.tokenizer import TEMPLATE_TOKENS
 from hyimg.errors import HyimgError
-from hyimg.model.safetensors_file import Checkpoint
 
 PROMPTS = ["a red fox", "", "a red dog", "a sign that says “OPEN 24h”", "snow " * 40, "a red fox in snow"]
 
@@ -228,6 +227,13 @@ def test_every_misfit_stands_in_one_error(golden_json, write_header):
     assert "layers.26" not in message
 
 
+def test_a_layer_of_a_huge_number_is_refused(golden_json, write_header):
+    shapes = dict(golden_json("qwen_keys.json")["keys"])
+    shapes["model.layers.999999999999.mlp.up_proj.weight"] = [7]
+    with pytest.raises(HyimgError, match=r"model\.layers\.28\..* is missing"):
+        check_qwen(write_header(shapes, "BF16"))
+
+
 def test_an_fp8_file_is_refused_and_a_long_list_is_cut(golden_json, write_header):
     with pytest.raises(HyimgError, match=r"is stored as F8_E4M3; .*and 303 more") as caught:
         check_qwen(write_header(golden_json("qwen_keys.json")["keys"], "F8_E4M3"))
@@ -240,12 +246,12 @@ def test_another_model_is_named(models, byt5_golden, tmp_path):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(models, true_tokenizer):
-    with pytest.raises(HyimgError, match=r"has 151665 tokens, and the text encoder .* only 1024"):
+    with pytest.raises(HyimgError, match=r"has 151665 tokens, but the text encoder .* only 1024"):
         QwenEncoder.open(models / "qwen.safetensors", tokenizer=true_tokenizer)
 
 
 def test_unreadable_head_sizes_are_refused(qwen_golden, tmp_path):
     path = tmp_path / "qwen.safetensors"
     save_file(qwen_golden.weights, path, metadata={"meta": '{"config": {"hidden": 64}}'})
-    with pytest.raises(HyimgError, match="attention heads cannot be read"):
+    with pytest.raises(HyimgError, match="the attention heads given in .* cannot be read"):
         check_qwen(path)

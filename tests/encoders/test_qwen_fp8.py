@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hyimg.encoders.qwen import QwenEncoder
-from hyimg.encoders.qwen_layer import Fp8Weight, decoder_layer, rotation
+from hyimg.encoders.qwen import Fp8Weight, QwenEncoder, decoder_layer, rotation
 from hyimg.encoders.text import TextEncoders
 from hyimg.errors import HyimgError
 from hyimg.memory.fp8 import dequantize, quantize

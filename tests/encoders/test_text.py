@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from hyimg.encoders import text as text_module
-from hyimg.encoders.text import TextEncoders
+from hyimg.encoders.text import TextEncoders, encode_prompts
 from hyimg.encoders.tiny import make_tiny_byt5, make_tiny_qwen, train_tiny_tokenizer
 from hyimg.encoders.tokenizer import load_qwen_tokenizer
 from hyimg.errors import HyimgError
+from hyimg.report import SilentReporter
 
 PROMPTS = ['a sign "OPEN"', "a red fox", "", 'two signs: "A" and “B”', "snow " * 2000, f'"{"x" * 200}"']
 
@@ -36,13 +37,27 @@ def test_a_prompt_becomes_text_states_and_glyph_states_where_it_quotes(models):
     assert torch.equal(encoded[3].byt5_SE, glyphs)
 
 
-def test_what_is_cut_is_told(models):
-    encoded = _open(models).encode(PROMPTS)
-    assert [text.num_cut > 0 for text in encoded] == [False, False, False, False, True, False]
-    assert encoded[4].text_TD.shape[0] == 1024
-    assert [text.num_glyph_cut for text in encoded] == [0, 0, 0, 0, 0, len('Text "". ') + 200 - 127]
-    assert encoded[5].byt5_SE is not None
-    assert encoded[5].byt5_SE.shape[0] == 128
+def test_long_prompts_are_cut_to_the_limits(models):
+    long, quoting = _open(models).encode(PROMPTS[4:])
+    assert long.text_TD.shape[0] == 1024
+    assert quoting.byt5_SE is not None
+    assert quoting.byt5_SE.shape[0] == 128
+
+
+def test_prompts_over_a_limit_are_one_warning_before_encoding(models):
+    report = SilentReporter()
+    long = [f"{n} " + "snow " * 1500 for n in range(6)]
+    quoting = [f'{n} "{"x" * 200}"' for n in range(2)]
+    encoding = encode_prompts(_open(models), [*long, *quoting, "a red fox"], report)
+    assert report.warnings == []  # nothing happens before the first prompt is asked for
+    next(encoding)
+    over, quoted = report.warnings
+    assert over.startswith("prompt over 1024 tokens, truncated (6): `0 snow snow")
+    assert over.endswith(" and 3 more")
+    assert quoted == (
+        "quoted text over byT5's limit, truncated (2): "
+        f'`0 "{"x" * 57}…` (82 bytes), `1 "{"x" * 57}…` (82 bytes)'
+    )
 
 
 def test_each_prompt_comes_once_with_its_own_index_whatever_the_grouping(models, monkeypatch):

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 
 import pytest
 
 from hyimg.encoders import tokenizer as tokenizer_module
-from hyimg.encoders.template import TEMPLATE_PREFIX, TEMPLATE_TOKENS, fill_template
-from hyimg.encoders.tokenizer import QwenTokenizer, build_tokenizer, load_qwen_tokenizer
-from hyimg.encoders.vocabulary import SPECIAL_TOKENS, Vocabulary, byte_alphabet, read_vocabulary
+from hyimg.encoders.tokenizer import (
+    SPECIAL_TOKENS,
+    TEMPLATE_PREFIX,
+    TEMPLATE_TOKENS,
+    PromptRows,
+    QwenTokenizer,
+    Vocabulary,
+    build_tokenizer,
+    byte_alphabet,
+    fill_template,
+    load_qwen_tokenizer,
+    read_vocabulary,
+)
 from hyimg.errors import HyimgError
 
 
@@ -124,12 +135,21 @@ def test_a_given_tokenizer_that_is_not_there_is_not_replaced_by_another(tmp_path
         load_qwen_tokenizer(tmp_path / "nowhere", None)
 
 
+BPE = '{"model": {"type": "BPE", "vocab": %s, "merges": %s}, "added_tokens": []}'
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("tokenizer.json", "{"),
         ("tokenizer.json", '{"model": {"type": "Unigram"}, "added_tokens": []}'),
         ("tokenizer.json", "[]"),
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer.json", BPE % ('{"a": 0, "b": 1}', '[["a", []]]')),
+        ("tokenizer.json", BPE % ('{"a": 0, "b": 1}', '["a b"]')),
+        ("tokenizer.json", BPE % ('{"a": -1}', "[]")),
+        ("tokenizer.json", BPE % ('{"a": 4294967296}', "[]")),
+        ("tokenizer.json", BPE % ("{}", "[]")),
         ("qwen.tiktoken", "IQ== 0\nno ranks here\n"),
         # three characters whose pairs are no tokens, or come later
         ("qwen.tiktoken", "IQ== 0\nIg== 1\nISIh 2\n"),
@@ -138,7 +158,7 @@ def test_a_given_tokenizer_that_is_not_there_is_not_replaced_by_another(tmp_path
 )
 def test_a_damaged_tokenizer_file_is_named(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    with pytest.raises(HyimgError, match="is not a byte-pair tokenizer file"):
+    with pytest.raises(HyimgError, match="is not a BPE tokenizer file"):
         load_qwen_tokenizer(tmp_path, None)
 
 
@@ -161,3 +181,55 @@ def test_a_cut_prompt_keeps_the_limit_and_counts_what_is_lost(tiny_tokenizer):
     cut = tiny_tokenizer.encode("0" * 1030)
     assert (len(cut.ids), cut.num_cut) == (1024 + 34, 7)
     assert cut.ids[-1] == cut.ids[-2] != whole.ids[-1]
+
+
+def test_of_a_long_prompt_the_same_ids_are_taken_from_its_beginning(true_tokenizer, monkeypatch):
+    rng = random.Random(0)
+    units = [
+        "a red cat, ",
+        " ",
+        "\n",
+        "\r\n",
+        "a",
+        "漢",
+        "\u0301",
+        "é",
+        "1",
+        "!!",
+        "<|im_end|>",
+        "don't",
+        "가",
+        "X" * 30,
+    ]
+    for _ in range(12):
+        some = rng.sample(units, 3)
+        prompt = "".join(rng.choice(some) * rng.choice([1, 2, 50]) for _ in range(500))
+        monkeypatch.setattr(tokenizer_module, "COUNTED_CHARS", 10**9)
+        whole = true_tokenizer.encode(prompt)
+        monkeypatch.setattr(tokenizer_module, "COUNTED_CHARS", rng.choice([300, 3000, 7000]))
+        assert true_tokenizer.encode(prompt).ids == whole.ids, some
+
+
+def test_a_long_prompt_is_tokenized_in_part(true_tokenizer, monkeypatch):
+    lengths = []
+
+    def encode(self, text):
+        lengths.append(len(text))
+        return original(self, text)
+
+    original = QwenTokenizer._encode
+    monkeypatch.setattr(QwenTokenizer, "_encode", encode)
+    assert true_tokenizer.encode("a red cat, " * 90_000).num_cut > 10_000
+    assert lengths == [tokenizer_module.COUNTED_CHARS]
+
+
+def test_rows_of_prompts_are_tokenized_when_they_are_asked_for(tiny_tokenizer):
+    prompts = ["a cat", "a cat, " * 1000, ""]
+    rows = PromptRows(tiny_tokenizer, prompts)
+    encoded = [tiny_tokenizer.encode(prompt) for prompt in prompts]
+    assert list(rows) == [one.ids for one in encoded] == rows[:]
+    assert list(rows.lengths) == [len(one.ids) for one in encoded]
+    assert list(rows.num_cut) == [one.num_cut for one in encoded]
+    assert rows.num_cut[1] > 0
+    kept = [value for value in vars(rows).values() if isinstance(value, (list, tuple, dict))]
+    assert kept == [prompts]  # no ids

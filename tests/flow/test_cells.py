@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from hyimg.errors import HyimgError
-from hyimg.flow.cells import columns_of, differing
-from hyimg.flow.loras import LoRAUse
+from hyimg.rendering.cells import columns_of, differing
+from hyimg.rendering.loras import LoRAUse
 
 WANTED: dict[str, Any] = {
     "prompt": "a cat",

@@ -91,6 +91,9 @@ def test_half_precision_is_compared_in_float32() -> None:
     loss_B = l2(prediction, target, at([1.0]))
     assert loss_B.dtype == torch.float32
     assert loss_B.item() == pytest.approx(1e-6, rel=1e-2)
+    # 1 + 2^-9 has one digit more than bfloat16, and its square fewer than float32
+    one, small = (torch.full((1, 1, 1, 1), value, dtype=torch.bfloat16) for value in (1.0, -(2.0**-9)))
+    assert l2(one, small, at([1.0])).item() == (1 + 2.0**-9) ** 2
 
 
 @pytest.mark.parametrize("loss", [l1, l2, huber, smooth_l1])

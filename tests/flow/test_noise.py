@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hyimg.flow.noise import initial_noise, ip_noise_strength, latent_noise
+from hyimg.flow.targets import initial_noise, ip_noise_strength, latent_noise
+from hyimg.randomness import keyed_seed
 
 SHAPE = (16, 4, 6)
 
@@ -26,6 +27,12 @@ def test_every_part_of_the_key_gives_other_noise_and_the_same_key_the_same() -> 
         for other in draws[i + 1 :]:
             # independent noise of 384 numbers: correlation 0, standard deviation 0.05
             assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].abs() < 0.3
+
+
+def test_keys_make_the_same_draws_in_every_release_and_their_parts_stay_apart() -> None:
+    """Other draws would end resumed runs in other weights."""
+    assert keyed_seed(7, 1, "image", 0, "noise") == 1904154629238586509
+    assert keyed_seed(1, 23, "image") != keyed_seed(12, 3, "image")
 
 
 def test_noise_does_not_touch_or_follow_the_global_generator() -> None:

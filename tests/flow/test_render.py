@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from hyimg.checkpoints.architecture import DiTArch
 from hyimg.errors import HyimgError, RunError
 from hyimg.flow.guidance import Guidance, GuidanceSettings
-from hyimg.flow.noise import initial_noise
-from hyimg.flow.render import Denoiser, render_latent
 from hyimg.flow.samplers import Callback, Denoise, dpmpp_2m, euler, heun
-from hyimg.flow.schedule import inference_sigmas
-from hyimg.model.architecture import DiTArch
-from hyimg.model.conditioning import TextCondition, collate
-from hyimg.model.dit import DiT
+from hyimg.flow.targets import initial_noise
+from hyimg.flow.timesteps import inference_sigmas
+from hyimg.model.dit import DiT, TextCondition, collate
+from hyimg.rendering.renderer import Denoiser, render_latent
 
 
 @dataclass
@@ -71,7 +70,7 @@ def render(dit: Any, *, scale: float = 3.5, **options: Any) -> torch.Tensor:
         "width": 160,
     } | options
     guidance = settings.pop("guidance", GuidanceSettings(guidance_scale=scale))
-    return render_latent(dit, PROMPT, NEGATIVE, guidance=guidance, **settings)
+    return render_latent(dit, settings.pop("condition", PROMPT), NEGATIVE, guidance=guidance, **settings)
 
 
 def official_loop(scale: float, steps: int, start_step: int) -> torch.Tensor:
@@ -101,7 +100,8 @@ def test_the_base_model_is_rendered_as_the_official_loop_does() -> None:
 
 def test_quoted_text_postpones_apg() -> None:
     plain, quoted = render(FakeDiT()), render(FakeDiT(), has_quoted_text=True)
-    torch.testing.assert_close(quoted, official_loop(3.5, 8, 38), atol=1e-5, rtol=0)
+    # guidance of 3.5 can multiply a step's rounding (1e-6 at this size) by up to 6, and eight steps add up
+    torch.testing.assert_close(quoted, official_loop(3.5, 8, 38), atol=1e-4, rtol=0)
     assert (plain - quoted).abs().max() > 0.1
 
 
@@ -118,7 +118,7 @@ def test_cond_and_uncond_in_one_call_give_the_same_image_in_half_the_calls() -> 
     dit = FakeDiT()
     latent = render(dit, batch_cond_uncond=True)
     assert [call["batch"] for call in dit.calls] == [2] * 8
-    torch.testing.assert_close(latent, render(FakeDiT()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(latent, render(FakeDiT()), atol=1e-4, rtol=0)  # as above
     # with guidance off the choice means nothing
     render(dit := FakeDiT(), scale=1.0, batch_cond_uncond=True)
     assert [call["batch"] for call in dit.calls] == [1] * 8
@@ -269,6 +269,11 @@ def test_a_latent_that_is_not_finite_is_a_failed_run(value: float) -> None:
         render(Broken(), scale=1.0)
     for word in ("LoRA", "`--lora_multiplier`", "`--guidance_scale`"):
         assert word in str(caught.value.hint)
+    assert "fp16" not in str(caught.value.hint)
+    half = PROMPT.to("cpu", torch.float16)
+    with pytest.raises(RunError) as caught:
+        render(Broken(), scale=1.0, condition=half)
+    assert "overflowed in fp16: give `--mixed_precision bf16` or `no`" in str(caught.value.hint)
 
 
 def test_a_samplers_fault_carries_the_name_that_the_user_gave() -> None:

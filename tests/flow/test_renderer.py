@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hyimg.checkpoints.architecture import DIT_2_1, DIT_TINY
 from hyimg.errors import HyimgError
-from hyimg.flow.plan import warn_of_sizes
-from hyimg.flow.prompts import RenderDefaults, parse_prompt_line
-from hyimg.flow.renderer import attach_lora, check_loras, decide, resolve_samplers
-from hyimg.model.architecture import DIT_2_1, DIT_TINY
 from hyimg.model.dit import DiT
 from hyimg.plugins import load_plugins
+from hyimg.rendering.prompts import RenderDefaults, parse_prompt_line
+from hyimg.rendering.render_plan import warn_of_sizes
+from hyimg.rendering.renderer import attach_lora, check_loras, decide, resolve_samplers
 from hyimg.report import SilentReporter
 
 RANK = 2
@@ -43,11 +43,11 @@ def test_a_sampler_is_recorded_and_checked_under_its_own_name() -> None:
 def test_a_lora_of_a_deeper_model_is_refused_from_its_header(tmp_path: Path) -> None:
     inside = f"double_blocks.{DIT_TINY.num_double - 1}.img_attn_proj"
     beyond = [f"double_blocks.{DIT_TINY.num_double + n}.img_attn_proj" for n in range(2)]
-    check_loras([write_lora(tmp_path / "fits.safetensors", inside)], DIT_TINY)
+    check_loras([write_lora(tmp_path / "fits.safetensors", inside)], DIT_TINY, SilentReporter())
     with pytest.raises(
-        HyimgError, match=f"deep.safetensors.*`{beyond[0]}` and 1 more like it, which the DiT has not"
+        HyimgError, match=f"deep.safetensors.*`{beyond[0]}`, `{beyond[1]}`, which the DiT has not"
     ):
-        check_loras([write_lora(tmp_path / "deep.safetensors", inside, *beyond)], DIT_TINY)
+        check_loras([write_lora(tmp_path / "deep.safetensors", inside, *beyond)], DIT_TINY, SilentReporter())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

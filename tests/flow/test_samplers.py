@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hyimg.errors import HyimgError, RunError
-from hyimg.flow.builtins import LOSSES, SAMPLERS, TIMESTEP_SAMPLERS
 from hyimg.flow.samplers import Sampler, check_sampler, dpmpp_2m, euler, heun, run_sampler
-from hyimg.flow.schedule import inference_sigmas
+from hyimg.flow.timesteps import inference_sigmas
+from hyimg.plugins.builtins import LOSSES, SAMPLERS, TIMESTEP_SAMPLERS
 
 # Images of one pixel: normally distributed with these values. The best estimate of the clean image, and the
 # path of the flow from noise to image, are known in closed form.
@@ -143,12 +143,12 @@ def test_a_distilled_model_is_rendered_with_straight_steps_only() -> None:
 @pytest.mark.parametrize(
     ("sampler", "words"),
     [
-        (lambda *_: None, "returned NoneType, not a latent"),
+        (lambda *_: None, "returned NoneType, not a float tensor of shape"),
         (
             lambda denoise, x, sigmas, callback: x[0],
-            r"returned torch.float64 of shape \(1, 3, 3\) for a latent",
+            r"returned float64 of shape \(1, 3, 3\), not a float tensor of shape",
         ),
-        (lambda denoise, x, sigmas, callback: x.long(), "returned torch.int64"),
+        (lambda denoise, x, sigmas, callback: x.long(), "returned int64"),
         (lambda denoise, x, sigmas: x, "failed: TypeError"),
         (lambda denoise, x, sigmas, callback: denoise(x), "failed: TypeError"),
         (lambda denoise, x, sigmas, callback: x[9], "failed: IndexError"),

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 
 from hyimg.errors import HyimgError
-from hyimg.flow.schedule import inference_sigmas, timesteps, training_sigmas
+from hyimg.flow.timesteps import inference_sigmas, timesteps, training_sigmas
 
 # sigmas agree to 2e-6 and timesteps to 2e-3: float32 rounding, as tests/golden/README-lora-math.md states
 
@@ -17,6 +18,28 @@ def test_inference_sigmas_and_timesteps_agree_with_the_golden_file(schedule: dic
         sigmas = inference_sigmas(case["steps"], case["shift"])
         torch.testing.assert_close(sigmas, torch.tensor(case["sigmas"]), atol=2e-6, rtol=0)
         torch.testing.assert_close(timesteps(sigmas[:-1]), torch.tensor(case["timesteps"]), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [5.0, 4.0])
+def test_steps_that_divide_1000_have_the_levels_of_comfyuis_simple(shift: float) -> None:
+    """`simple` takes entry -(1 + int(i * 1000 / steps)) of a rising table of 1000 levels, and 0 at the end
+    (comfy/samplers.py, comfy/model_sampling.py); in fractions here."""
+
+    def level(t: Fraction) -> Fraction:
+        return Fraction(shift) * t / (1 + (Fraction(shift) - 1) * t)
+
+    table = [level(Fraction(number, 1000)) for number in range(1, 1001)]
+    for steps in (1, 8, 20, 25, 50, 7, 30):
+        simple = [float(table[-(1 + i * 1000 // steps)]) for i in range(steps)] + [0.0]
+        ours = inference_sigmas(steps, shift).double()
+        if 1000 % steps == 0:
+            # three float32 operations at levels up to 1, the table's fraction amplified by at most the shift
+            torch.testing.assert_close(ours, torch.tensor(simple).double(), atol=8 * 2**-24 * shift, rtol=0)
+        else:
+            # each is at most one entry of the table higher
+            difference = torch.tensor(simple).double() - ours
+            assert 0 < difference.max() <= shift / 1000
+            assert difference.min() >= -8 * 2**-24 * shift
 
 
 def test_inference_starts_at_pure_noise_and_ends_at_the_image_exactly() -> None:

@@ -6,8 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from hyimg.flow.targets import add_noise, apply_prediction_type, perturb_noise, velocity_target
-from hyimg.flow.weighting import idle_weighting, loss_weighting
+from hyimg.flow.targets import (
+    add_noise,
+    apply_prediction_type,
+    loss_weighting,
+    perturb_noise,
+    velocity_target,
+)
 
 # rel 1e-5 (tests/golden/README-lora-math.md): float32 rounding of a handful of operations
 
@@ -77,17 +82,3 @@ def test_loss_weights_agree_with_the_golden_file(schedule: dict[str, Any], schem
 
 def test_a_noise_level_of_zero_has_a_finite_weight() -> None:
     assert loss_weighting(torch.zeros(1), "sigma_sqrt", "sigma_scaled").isfinite().all()
-
-
-def test_the_user_is_told_where_a_weighting_scheme_does_nothing() -> None:
-    for scheme, sampling, kind, idle in (
-        ("uniform", "shift", "raw", False),
-        ("logit_normal", "sigma", "raw", False),
-        ("mode", "sigmoid", "raw", True),
-        ("sigma_sqrt", "sigma", "sigma_scaled", False),
-        ("cosmap", "shift", "sigma_scaled", False),
-        ("cosmap", "sigma", "raw", True),
-    ):
-        sentence = idle_weighting(scheme, sampling, kind)
-        assert (sentence is not None) == idle
-        assert sentence is None or scheme in sentence

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from hyimg.errors import HyimgError
-from hyimg.flow.builtins import TIMESTEP_SAMPLERS
 from hyimg.flow.timesteps import (
     Draws,
     TimestepContext,
@@ -19,6 +18,7 @@ from hyimg.flow.timesteps import (
     map_sigma,
     sample_sigmas,
 )
+from hyimg.plugins.builtins import TIMESTEP_SAMPLERS
 
 # the golden file's short option names
 OPTIONS = {
@@ -130,10 +130,10 @@ def test_an_impossible_timestep_range_is_refused(low: int, high: int) -> None:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ([0.5, 0.5], "returned list, not a tensor"),
-        (torch.tensor(0.5), r"shape \(\) for 2 images"),
-        (torch.full((2, 1), 0.5), r"shape \(2, 1\) for 2 images"),
-        (torch.tensor([1, 0]), "returned torch.int64"),
+        ([0.5, 0.5], r"returned list, not a float tensor of shape \(2,\)"),
+        (torch.tensor(0.5), r"shape \(\), not a float tensor"),
+        (torch.full((2, 1), 0.5), r"shape \(2, 1\), not a float tensor"),
+        (torch.tensor([1, 0]), "returned int64"),
         (torch.tensor([0.5, 500.0]), "the noise level 500"),
         (torch.tensor([-0.1, 0.5]), "the noise level -0.1"),
         (torch.tensor([0.5, math.nan]), "the noise level nan"),

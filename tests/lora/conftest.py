@@ -12,13 +12,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hyimg.model.architecture import DiTArch
-from hyimg.model.conditioning import TextCondition, collate
-from hyimg.model.dit import DiT
+from hyimg.checkpoints.architecture import DiTArch
+from hyimg.model.dit import DiT, TextCondition, collate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

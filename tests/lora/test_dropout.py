@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from hyimg.checkpoints.names import linear_modules
+from hyimg.config.models import TrainingMemory
+from hyimg.config.training import NetworkArgs
 from hyimg.lora.adapter import LoRA
-from hyimg.lora.dropout import Dropout, DropoutRates
-from hyimg.lora.network import LoRANetwork
-from hyimg.lora.network_args import NetworkArgs
-from hyimg.lora.plan import plan_network
-from hyimg.memory.activations import enable_gradient_checkpointing
+from hyimg.lora.base import Dropout, DropoutRates
+from hyimg.lora.network import AdapterNetwork
+from hyimg.lora.rank_plan import plan_network
+from hyimg.memory.checkpointing import checkpointed
 from hyimg.model.dit import DiT
-from hyimg.model.keys import linear_modules
 
 Inputs = tuple[Tensor, Tensor, Any]
 
@@ -87,7 +88,7 @@ def test_without_a_key_nothing_is_dropped() -> None:
 
 def test_the_parts_of_a_split_module_have_masks_of_their_own(lora_dit: DiT) -> None:
     args = NetworkArgs(split_qkv=True)
-    network = LoRANetwork.create(lora_dit, plan=plan_network(linear_modules(lora_dit.arch), args=args))
+    network = AdapterNetwork.create(lora_dit, plan=plan_network(linear_modules(lora_dit.arch), args=args))
     split = next(lora for module, lora in network.adapters() if module.parts)
     network.set_dropout(DropoutRates(rank=0.5))
     network.set_dropout_key(0, 1, 0)
@@ -103,7 +104,7 @@ def test_the_parts_of_a_split_module_have_masks_of_their_own(lora_dit: DiT) -> N
 
 
 def test_gradient_checkpointing_meets_the_same_masks_again(lora_dit: DiT, inputs: Inputs) -> None:
-    network = LoRANetwork.create(lora_dit, rank=2)
+    network = AdapterNetwork.create(lora_dit, rank=2)
     for _, lora in network.adapters():
         torch.nn.init.normal_(lora.lora_up.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     network.set_dropout(DropoutRates(dropout=0.3, rank=0.3, module=0.3))
@@ -114,7 +115,9 @@ def test_gradient_checkpointing_meets_the_same_masks_again(lora_dit: DiT, inputs
         lora_dit(*inputs).square().mean().backward()
         gradients.append([parameter.grad for parameter in network.parameters()])
         network.zero_grad(set_to_none=True)
-    enable_gradient_checkpointing(lora_dit)
+    lora_dit.run_block = checkpointed(
+        lora_dit.run_block, TrainingMemory(gradient_checkpointing=True), lora_dit.device
+    )
     network.set_dropout_key(0, 1, 0)
     lora_dit(*inputs).square().mean().backward()
     again = [parameter.grad for parameter in network.parameters()]

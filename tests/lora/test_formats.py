@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hyimg.lora.formats import FORMATS, TARGETS, Target, lora_name, matching_formats, parse_key
-from hyimg.model.architecture import DIT_2_1
-from hyimg.model.keys import linear_modules
-from hyimg.model.safetensors_file import read_header
+from hyimg.checkpoints.architecture import DIT_2_1
+from hyimg.checkpoints.names import BLOCK_LINEARS, BlockLinear, linear_modules
+from hyimg.checkpoints.safetensors_file import read_header
+from hyimg.lora.files.formats import FORMATS, lora_name, matching_formats, parse_key
 
 GOLDEN_FORMATS = {
     "kohya": ("kohya",),
@@ -21,9 +21,9 @@ GOLDEN_FORMATS = {
 }
 
 
-def _targets() -> list[tuple[Target, int]]:
+def _targets() -> list[tuple[BlockLinear, int]]:
     counts = {"double_blocks": DIT_2_1.num_double, "single_blocks": DIT_2_1.num_single}
-    return [(target, index) for target in TARGETS for index in range(counts[target.block])]
+    return [(target, index) for target in BLOCK_LINEARS for index in range(counts[target.block])]
 
 
 def test_every_linear_of_the_blocks_is_a_target_and_nothing_else() -> None:

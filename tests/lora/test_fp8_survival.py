@@ -8,24 +8,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyimg.lora import fp8_survival
-from hyimg.lora.fp8_survival import Survival, survival, total
-from hyimg.lora.updates import Update, read_updates
+from hyimg.lora.adapter import LoRA
+from hyimg.lora.files import compatibility
+from hyimg.lora.files.compatibility import Survival, report_module, survival, total
+from hyimg.lora.files.conversion import read_adapters
 from hyimg.memory.fp8 import dequantize, quantize
 
 
-def made(scale: float, *, alpha: float = 2.0) -> tuple[Tensor, Update]:
+def made(scale: float, *, alpha: float = 2.0) -> tuple[Tensor, LoRA]:
     """A bf16 weight of a size that trained ones have, and an update of `scale` times that size."""
     generator = torch.Generator().manual_seed(0)
     weight = (0.02 * torch.randn(96, 256, generator=generator)).bfloat16()
     down, up = torch.randn(4, 256, generator=generator), torch.randn(96, 4, generator=generator)
     size = (weight.float().norm() / (up @ down).norm()).item() * 4 / alpha
-    return weight, Update("single_blocks.0.linear1", down, up * size * scale, alpha)
+    tensors = {"lora_down.weight": down, "lora_up.weight": up * size * scale, "alpha": torch.tensor(alpha)}
+    return weight, LoRA.from_tensors(tensors)
 
 
 def test_survival_is_the_squared_cosine_of_what_merging_changes() -> None:
     weight, update = made(0.1)
-    wanted = update.alpha / 4 * (update.up_OR @ update.down_RI)
+    wanted = update.delta()
     merged = (weight.float() + wanted).bfloat16()
     before, after = (dequantize(*quantize(w), torch.float32) for w in (weight, merged))
     change = after - before
@@ -41,7 +43,7 @@ def test_a_large_update_survives_and_a_small_one_is_noise(monkeypatch: pytest.Mo
     assert shares[0] > 0.99
     assert shares[-1] < 0.2
     assert survival(*made(0.003)).relative_error > 1, "what is left is mostly noise"
-    monkeypatch.setattr(fp8_survival, "_CHUNK_VALUES", 256)
+    monkeypatch.setattr(compatibility, "_CHUNK_VALUES", 256)
     assert survival(*made(0.3)).share == pytest.approx(shares[1], rel=1e-5), "row by row"
 
 
@@ -62,19 +64,19 @@ def test_modules_add_up_by_their_size() -> None:
 def test_updates_are_the_deltas_whatever_the_format(golden: Path, load, file: str) -> None:
     deltas, _ = load(golden / "lora_deltas.safetensors")
     updates = {
-        f"{update.name}.weight": update for update in read_updates(golden / f"lora_{file}.safetensors")
+        f"{name}.weight": update for name, update in read_adapters(golden / f"lora_{file}.safetensors")
     }
     for name, update in updates.items():
-        assert torch.allclose(update.rows(slice(None)), deltas[name], atol=1e-6)
-        assert torch.equal(update.rows(slice(3, 7)), update.rows(slice(None))[3:7])
-        assert update.norm() == pytest.approx(float(deltas[name].norm()), rel=1e-5)
-        assert update.is_finite
+        assert torch.allclose(update.delta_rows(slice(None)), deltas[name], atol=1e-6)
+        assert torch.equal(update.delta_rows(slice(3, 7)), update.delta_rows(slice(None))[3:7])
+        report = report_module(name, update)
+        assert report.norm == pytest.approx(float(deltas[name].norm()), rel=1e-5)
     assert set(updates) == set(deltas)
 
 
-def test_a_value_that_is_no_number_is_seen_wherever_it_is() -> None:
-    for half in range(2):
+def test_a_value_that_is_not_finite_is_found_wherever_it_is() -> None:
+    for half in ("lora_down", "lora_up"):
         _, update = made(1.0)
-        (update.down_RI, update.up_OR)[half][1, 1] = torch.nan
-        assert not update.is_finite
-    assert not made(1.0, alpha=float("inf"))[1].is_finite
+        update.get_parameter(f"{half}.weight")[1, 1] = torch.nan
+        assert report_module("m", update).norm is None
+    assert report_module("m", made(1.0, alpha=float("inf"))[1]).norm is None

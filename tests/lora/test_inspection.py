@@ -10,17 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from hyimg.checkpoints.architecture import DIT_2_1, DiTArch
+from hyimg.checkpoints.names import linear_modules
+from hyimg.checkpoints.safetensors_file import read_header
 from hyimg.errors import HyimgError
-from hyimg.lora.file import save_lora
-from hyimg.lora.inspection import inspect
-from hyimg.lora.module_tree import block_ranges, ends, leaves
-from hyimg.lora.network import LoRANetwork
-from hyimg.lora.network_args import NetworkArgs
-from hyimg.lora.plan import plan_network
-from hyimg.model.architecture import DIT_2_1, DiTArch
+from hyimg.lora.files.conversion import save_lora
+from hyimg.lora.inspection import block_ranges, ends, inspect, leaves
+from hyimg.lora.network import AdapterNetwork
+from hyimg.lora.rank_plan import parse_network_args, plan_network
 from hyimg.model.dit import DiT
-from hyimg.model.keys import linear_modules
-from hyimg.model.safetensors_file import read_header
 
 
 @pytest.mark.parametrize("size", ["full", "tiny"])
@@ -93,7 +91,7 @@ def test_a_filter_shows_fewer_rows_and_the_same_totals() -> None:
 def test_inspection_imports_no_torch() -> None:
     code = (
         "import sys; from hyimg.lora.inspection import inspect;"
-        "from hyimg.model.architecture import DIT_2_1; inspect(DIT_2_1);"
+        "from hyimg.checkpoints.architecture import DIT_2_1; inspect(DIT_2_1);"
         "print([m for m in ('torch', 'numpy') if m in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -112,8 +110,8 @@ def test_the_file_has_the_size_that_was_told(
     lora_dit: DiT, tmp_path: Path, args: tuple[str, ...], precision: str, dtype: torch.dtype
 ) -> None:
     totals = inspect(lora_dit.arch, dim=6, network_args=args, save_precision=precision).totals
-    plan = plan_network(linear_modules(lora_dit.arch), dim=6, args=NetworkArgs.parse(args))
-    network = LoRANetwork.create(lora_dit, plan=plan)
+    plan = plan_network(linear_modules(lora_dit.arch), dim=6, args=parse_network_args(args))
+    network = AdapterNetwork.create(lora_dit, plan=plan)
     assert sum(p.numel() for p in network.parameters()) == totals.trainable_parameters
     save_lora(tmp_path / "lora.safetensors", network.state(), dtype=dtype)
     header = read_header(tmp_path / "lora.safetensors")

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hyimg.checkpoints.safetensors_file import read_header
 from hyimg.errors import HyimgError
-from hyimg.lora.contents import LoRAContents
-from hyimg.lora.file import convert, merge, read_lora
-from hyimg.lora.formats import parse_key
-from hyimg.lora.lycoris import LoHa, LoKr, LyCORIS
-from hyimg.lora.merge import merge_into
-from hyimg.lora.network import LoRANetwork
-from hyimg.lora.updates import LyCORISUpdate, read_updates
+from hyimg.lora.adapter import LoRA
+from hyimg.lora.files.conversion import convert, merge, read_adapters, read_lora
+from hyimg.lora.files.formats import parse_key
+from hyimg.lora.files.stored import LoRAFile
+from hyimg.lora.lycoris import LoHa, LoKr
+from hyimg.lora.merging import merge_into
+from hyimg.lora.network import AdapterNetwork
 from hyimg.model.dit import DiT
-from hyimg.model.safetensors_file import read_header
 
 Load = Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
 Products = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -88,11 +88,11 @@ def test_updates_are_lycoris_own_numbers(
     tensors, _ = load(golden / "lycoris.safetensors")
     own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
     delta, y = own.pop("delta"), own.pop("y")
-    adapter: LyCORIS = CASES[name](own)
+    adapter = CASES[name].from_tensors(own)
     torch.testing.assert_close(adapter.delta(), delta, rtol=0, atol=1e-5)
     torch.testing.assert_close(adapter(tensors["x"], torch.zeros(5, 36)), y, rtol=0, atol=1e-5)
-    torch.testing.assert_close(adapter.rows(slice(10, 23)), delta[10:23], rtol=0, atol=1e-5)
-    assert adapter.norm() == pytest.approx(float(delta.norm()), rel=1e-5)
+    torch.testing.assert_close(adapter.delta_rows(slice(10, 23)), delta[10:23], rtol=0, atol=1e-5)
+    assert float(adapter.update_norm()) == pytest.approx(float(delta.norm()), rel=1e-5)
     adapter.multiplier = -0.5
     beside = torch.randn(5, 36)
     torch.testing.assert_close(adapter(tensors["x"], beside.clone()), beside - 0.5 * y, rtol=0, atol=1e-5)
@@ -102,7 +102,7 @@ def test_a_mixed_file_acts_live_as_it_does_merged(
     mixed: tuple[Path, dict[str, Tensor]], lora_dit: DiT, inputs: tuple[Tensor, Tensor, object]
 ) -> None:
     path, deltas = mixed
-    network = LoRANetwork.from_file(path, lora_dit)
+    network = AdapterNetwork.read(path, lora_dit.arch)
     assert {module.name for module, _ in network.adapters()} == deltas.keys()
     network.set_multiplier(0.02)
     network.attach(lora_dit)
@@ -140,11 +140,12 @@ def test_their_names_are_known_under_every_prefix(tmp_path: Path, prefix: str) -
     name = name.replace(".", "_") if prefix == "lycoris_" else name
     state = {f"{prefix}{name}.{role}": t for role, t in _state("lokr_low", (384, 96)).items()}
     save_file(state, tmp_path / "lokr.safetensors")
-    (update,) = read_updates(tmp_path / "lokr.safetensors")
-    assert isinstance(update, LyCORISUpdate)
-    assert update.name == FC1
+    ((name, update),) = read_adapters(tmp_path / "lokr.safetensors")
+    assert isinstance(update, LoKr)
+    assert name == FC1
     convert(tmp_path / "lokr.safetensors", tmp_path / "kohya.safetensors", to="kohya")
-    assert read_updates(tmp_path / "kohya.safetensors")[0].norm() == update.norm()
+    ((_, again),) = read_adapters(tmp_path / "kohya.safetensors")
+    assert torch.equal(again.delta(), update.delta())
 
 
 @pytest.mark.parametrize("target", ["kohya", "diffusers"])
@@ -158,11 +159,11 @@ def test_a_full_rank_makes_the_very_same_lora_of_them(
         merge([(path, 0.5), (path, 0.5)], dst, max_rank=96)
     else:
         convert(path, dst, to=target, max_rank=96)
-    for update in read_updates(dst):
-        assert not isinstance(update, LyCORISUpdate)
-        whole = update.rows(slice(None)).double()
-        error = (whole - deltas[update.name]).norm() / deltas[update.name].norm()
-        assert error < 1e-6, update.name
+    for name, update in read_adapters(dst):
+        assert isinstance(update, LoRA)
+        whole = update.delta_rows(slice(None)).double()
+        error = (whole - deltas[name]).norm() / deltas[name].norm()
+        assert error < 1e-6, name
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["alone", "added"])
@@ -176,14 +177,14 @@ def test_a_lower_rank_is_the_best_there_is_and_its_error_is_told(
         done = convert(path, tmp_path / "lora.safetensors", to="peft", max_rank=8)
     names = list(done.errors)
     squares = []
-    for update in read_updates(tmp_path / "lora.safetensors"):
-        whole, delta = update.rows(slice(None)).double(), (2 if merged else 1) * deltas[update.name]
+    for name, update in read_adapters(tmp_path / "lora.safetensors"):
+        whole, delta = update.delta_rows(slice(None)).double(), (2 if merged else 1) * deltas[name]
         singular = torch.linalg.svdvals(delta)
         best = float((singular[8:] ** 2).sum().sqrt() / singular.norm())
         error = float((whole - delta).norm() / delta.norm())
-        assert error == pytest.approx(best, abs=1e-6), update.name
-        if update.name in (FC1, QKV, LINEAR1):  # the plain LoRA has the rank 4 + 4 and stays as it is
-            (told,) = (done.errors[name] for name in names if _names(update.name, name))
+        assert error == pytest.approx(best, abs=1e-6), name
+        if name in (FC1, QKV, LINEAR1):  # the plain LoRA has the rank 4 + 4 and stays as it is
+            (told,) = (done.errors[written] for written in names if _names(name, written))
             assert told == pytest.approx(error, abs=1e-6)
             squares.append((error * float(delta.norm()), float(delta.norm())))
     assert len(done.errors) == len(squares) == 3
@@ -194,7 +195,7 @@ def test_a_lower_rank_is_the_best_there_is_and_its_error_is_told(
 def test_what_cannot_hold_them_says_so(mixed: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     path, _ = mixed
     for target in ("peft", "diffusers"):
-        with pytest.raises(HyimgError, match=r"is of a LoHa, which .* cannot hold") as error:
+        with pytest.raises(HyimgError, match=r"belongs to a LoHa, which .* cannot hold") as error:
             convert(path, tmp_path / "dst.safetensors", to=target)
         assert error.value.hint is not None
         assert "--max_rank" in error.value.hint
@@ -208,10 +209,10 @@ def test_what_cannot_hold_them_says_so(mixed: tuple[Path, dict[str, Tensor]], tm
 BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "a part is missing": ({"lokr_w2_b": None}, "incomplete: .*lokr_w2_b of"),
     "a Tucker core": ({"lokr_t2": torch.zeros(3, 3, 1, 1)}, "Tucker decomposition"),
-    "two kinds": ({"lora_down.weight": torch.zeros(2, 96)}, "beside those of a LoKr"),
-    "misshapen": ({"lokr_w2_b": torch.zeros(4, 16)}, "do not make a product"),
+    "two kinds": ({"lora_down.weight": torch.zeros(2, 96)}, "and those of a LoKr"),
+    "misshapen": ({"lokr_w2_b": torch.zeros(4, 16)}, "do not form a matrix product"),
     "of another width": ({"lokr_w1": torch.zeros(6, 5)}, "80 wide where|is 384 wide where"),
-    "DoRA": ({"dora_scale": torch.ones(384, 1)}, "is of a DoRA that is a LoHa or LoKr"),
+    "DoRA": ({"dora_scale": torch.ones(384, 1)}, "belongs to a LoHa or LoKr with DoRA"),
 }
 
 
@@ -224,7 +225,7 @@ def test_a_broken_lokr_is_refused_in_a_sentence(tmp_path: Path, case: str) -> No
     named |= {f"{other}.lora_down.weight": torch.zeros(2, 96), f"{other}.lora_up.weight": torch.zeros(96, 2)}
     save_file(named, tmp_path / "lokr.safetensors")
     with pytest.raises(HyimgError, match=words):
-        read_lora(LoRAContents.open(tmp_path / "lokr.safetensors"), lycoris=True)
+        read_lora(LoRAFile.open(tmp_path / "lokr.safetensors"), lycoris=True)
 
 
 def test_a_lokr_of_another_model_does_not_fit(
@@ -232,10 +233,10 @@ def test_a_lokr_of_another_model_does_not_fit(
 ) -> None:
     path = tmp_path / "lokr.safetensors"
     for name, shape, words in (
-        ("single_blocks.0.linear2", (96, 600), r"has the shape \[96, 600\] where it needs \[96, 480\]"),
+        ("single_blocks.0.linear2", (96, 600), r"has the shape \[96, 600\], not \[96, 480\]"),
         ("single_blocks.30.linear2", (96, 480), "none of its modules is in the model"),
     ):
         state = _state("lokr_full", shape)
         save_file({f"diffusion_model.{name}.{role}": tensor for role, tensor in state.items()}, path)
         with pytest.raises(HyimgError, match=words):
-            LoRANetwork.from_file(path, lora_dit)
+            AdapterNetwork.read(path, lora_dit.arch)

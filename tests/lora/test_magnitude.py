@@ -11,25 +11,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hyimg.lora.file import convert, read_lora, save_lora
-from hyimg.lora.merge import MergingPlacement, merge_into
-from hyimg.lora.merged_file import save_merged
-from hyimg.lora.network import LoRANetwork
-from hyimg.lora.network_args import NetworkArgs
-from hyimg.lora.plan import plan_from_state, plan_network
-from hyimg.memory.activations import enable_gradient_checkpointing
+from hyimg.checkpoints.names import linear_modules
+from hyimg.config.models import TrainingMemory
+from hyimg.config.training import NetworkArgs
+from hyimg.lora.files.conversion import convert, read_lora, save_lora
+from hyimg.lora.merging import MergingPlacement, merge_into, save_merged
+from hyimg.lora.network import AdapterNetwork
+from hyimg.lora.rank_plan import parse_network_args, plan_from_state, plan_network
+from hyimg.memory.checkpointing import checkpointed
 from hyimg.model.dit import DiT
-from hyimg.model.keys import linear_modules
 from hyimg.model.layers import Linear
-from hyimg.model.loading import Placement, load_dit
+from hyimg.model.loading import WeightPlacement, load_dit
 from hyimg.report import SilentReporter
 
 Inputs = tuple[Tensor, Tensor, Any]
 
 
-def _network(dit: DiT, *, filled: bool = True, **args: bool) -> LoRANetwork:
+def _network(dit: DiT, *, filled: bool = True, **args: bool) -> AdapterNetwork:
     plan = plan_network(linear_modules(dit.arch), dim=3, alpha=2.0, args=NetworkArgs(dora=True, **args))
-    network = LoRANetwork.create(dit, plan=plan)
+    network = AdapterNetwork.create(dit, plan=plan)
     network.attach(dit)
     generator = torch.Generator().manual_seed(5)
     for parameter in network.parameters() if filled else ():
@@ -72,12 +72,12 @@ def test_beside_another_lora_it_is_merged_as_it_acts(
 ) -> None:
     dora = _network(lora_dit)
     dora.detach(lora_dit)
-    networks = [(LoRANetwork.from_file(golden / "lora_kohya.safetensors", lora_dit), 0.7), (dora, 0.6)]
+    networks = [(AdapterNetwork.read(golden / "lora_kohya.safetensors", lora_dit.arch), 0.7), (dora, 0.6)]
     networks = networks[::-1] if dora_first else networks
     path, merged_path = tmp_path / "dit.safetensors", tmp_path / "merged.safetensors"
     save_file(lora_dit.state_dict(), path)
     save_merged(path, merged_path, networks, [], SilentReporter())
-    placement = MergingPlacement(Placement("cpu", None), networks)
+    placement = MergingPlacement(WeightPlacement("cpu", None), networks)
     for network, multiplier in networks:
         network.set_multiplier(multiplier)
         network.attach(lora_dit)
@@ -100,8 +100,7 @@ def test_outputs_and_gradients_are_pefts() -> None:
     nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
     nn.init.uniform_(layer.lora_magnitude_vector["default"].weight, 0.5, 1.5)
 
-    from hyimg.lora.adapter import LoRA
-    from hyimg.lora.magnitude import Magnitude
+    from hyimg.lora.adapter import LoRA, Magnitude
 
     ours = LoRA(24, 40, rank=4, alpha=6)
     ours.magnitude = Magnitude(40)
@@ -152,7 +151,7 @@ def test_a_dora_is_saved_read_and_renamed(lora_dit: DiT, inputs: Inputs, tmp_pat
         convert(tmp_path / "lora.safetensors", tmp_path / "comfy.safetensors", to="comfy")
         state = read_lora(tmp_path / "comfy.safetensors")
         assert state["lora_unet_single_blocks_1_linear1.dora_scale"].shape == (7 * 96, 1)
-        read = LoRANetwork.from_file(tmp_path / "comfy.safetensors", lora_dit)
+        read = AdapterNetwork.read(tmp_path / "comfy.safetensors", lora_dit.arch)
         read.attach(lora_dit)
         assert torch.equal(lora_dit(*inputs), live)
         read.detach(lora_dit)
@@ -167,7 +166,9 @@ def test_gradient_checkpointing_changes_no_bit(lora_dit: DiT, inputs: Inputs) ->
         lora_dit(*inputs).square().mean().backward()
         gradients.append([parameter.grad for parameter in network.parameters()])
         network.zero_grad(set_to_none=True)
-        enable_gradient_checkpointing(lora_dit)
+        lora_dit.run_block = checkpointed(
+            lora_dit.run_block, TrainingMemory(gradient_checkpointing=True), lora_dit.device
+        )
     for one, other in zip(*gradients, strict=True):
         assert one is not None
         assert other is not None
@@ -185,8 +186,8 @@ def test_magnitudes_are_a_group_without_weight_decay(lora_dit: DiT) -> None:
 
 def test_rslora_writes_an_alpha_that_gives_alpha_by_the_root_of_the_rank(lora_dit: DiT) -> None:
     modules = linear_modules(lora_dit.arch)
-    args = NetworkArgs.parse(["rslora=True", "network_reg_dims=img_attn=16"])
-    network = LoRANetwork.create(lora_dit, plan=plan_network(modules, dim=9, alpha=2.0, args=args))
+    args = parse_network_args(["rslora=True", "network_reg_dims=img_attn=16"])
+    network = AdapterNetwork.create(lora_dit, plan=plan_network(modules, dim=9, alpha=2.0, args=args))
     for module, lora in network.adapters():
         assert lora.scale == pytest.approx(2 / math.sqrt(lora.rank))
         alpha = network.state()[f"{module.lora_name}.alpha"]

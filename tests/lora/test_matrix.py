@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyimg.lora.file import convert
+from hyimg.lora.files.conversion import convert
 
 FILE_OF = {"kohya": "lora_kohya", "comfy": "lora_comfy", "peft": "lora_dpipe", "diffusers": "lora_diffusers"}
 TOLERANCE = 1e-6  # of golden/README-lora-math.md: float32 rounding of deltas up to 0.3

@@ -5,19 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hyimg.lora.max_norm import limit_norms
-from hyimg.lora.merge import delta
-from hyimg.lora.network import LoRANetwork
-from hyimg.lora.network_args import NetworkArgs
-from hyimg.lora.plan import plan_network
+from hyimg.checkpoints.names import linear_modules
+from hyimg.lora.merging import delta
+from hyimg.lora.network import AdapterNetwork, limit_norms
+from hyimg.lora.rank_plan import parse_network_args, plan_network
 from hyimg.model.dit import DiT
-from hyimg.model.keys import linear_modules
 
 
-def _network(dit: DiT, *args: str) -> LoRANetwork:
+def _network(dit: DiT, *args: str) -> AdapterNetwork:
     """A network whose updates grow with their place in the model."""
-    plan = plan_network(linear_modules(dit.arch), dim=3, alpha=1.5, args=NetworkArgs.parse(args))
-    network = LoRANetwork.create(dit, plan=plan)
+    plan = plan_network(linear_modules(dit.arch), dim=3, alpha=1.5, args=parse_network_args(args))
+    network = AdapterNetwork.create(dit, plan=plan)
     generator = torch.Generator().manual_seed(0)
     for place, (_, lora) in enumerate(network.adapters()):
         for parameter in lora.lora_up.parameters():
@@ -66,5 +64,5 @@ def test_a_frozen_module_is_left_alone(lora_dit: DiT) -> None:
 
 
 def test_fresh_updates_have_no_norm(lora_dit: DiT) -> None:
-    report = limit_norms(LoRANetwork.create(lora_dit), 1.0)
+    report = limit_norms(AdapterNetwork.create(lora_dit), 1.0)
     assert (report.num_scaled, report.mean, report.largest) == (0, 0.0, 0.0)

@@ -13,19 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hyimg.errors import HyimgError
-from hyimg.lora.merge import MergingPlacement
-from hyimg.lora.merged_file import save_merged
-from hyimg.lora.network import LoRANetwork
+from hyimg.lora.merging import MergingPlacement, save_merged
+from hyimg.lora.network import AdapterNetwork
 from hyimg.model.dit import DiT
-from hyimg.model.loading import Placement, load_dit
+from hyimg.model.loading import WeightPlacement, load_dit
 from hyimg.report import SilentReporter
 
 
 @pytest.fixture
-def networks(golden: Path, lora_dit: DiT) -> list[tuple[LoRANetwork, float]]:
+def networks(golden: Path, lora_dit: DiT) -> list[tuple[AdapterNetwork, float]]:
     """Two files of different formats with multipliers of their own."""
     files = [golden / "lora_kohya.safetensors", golden / "lora_dpipe.safetensors"]
-    return [(LoRANetwork.read(path, lora_dit.arch), 0.7 - i) for i, path in enumerate(files)]
+    return [(AdapterNetwork.read(path, lora_dit.arch), 0.7 - i) for i, path in enumerate(files)]
 
 
 def in_diffusers_names(golden: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -58,9 +57,9 @@ def write_shards(folder: Path, state: dict[str, Tensor]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", ["original", "prefixed", "diffusers shards"])
+@pytest.mark.parametrize("form", ["original", "prefixed", "compiled", "diffusers shards"])
 def test_a_merged_file_loads_as_the_model_that_is_merged_while_it_loads(
-    golden: Path, lora_dit: DiT, tmp_path: Path, networks: list[tuple[LoRANetwork, float]], form: str
+    golden: Path, lora_dit: DiT, tmp_path: Path, networks: list[tuple[AdapterNetwork, float]], form: str
 ) -> None:
     state = {name: tensor.bfloat16() for name, tensor in lora_dit.state_dict().items()}
     # a file may mix types: this weight stays float32
@@ -72,8 +71,9 @@ def test_a_merged_file_loads_as_the_model_that_is_merged_while_it_loads(
         state = in_diffusers_names(golden, state)
         path = write_shards(tmp_path / "dit", state)
     else:
-        prefix = "model.diffusion_model." if form == "prefixed" else ""
-        state = {prefix + name: tensor for name, tensor in state.items()}
+        prefix = {"prefixed": "model.diffusion_model.", "compiled": "module._orig_mod."}.get(form, "")
+        inner = "blocks.0._orig_mod." if form == "compiled" else "blocks.0."
+        state = {prefix + name.replace("blocks.0.", inner): tensor for name, tensor in state.items()}
         save_file(state, path)
     merged_path = tmp_path / "merged.safetensors"
     save_merged(path, merged_path, networks, [{"file": "a"}], SilentReporter())
@@ -82,14 +82,19 @@ def test_a_merged_file_loads_as_the_model_that_is_merged_while_it_loads(
     assert {name: (t.dtype, t.shape) for name, t in merged.items()} == {
         name: (t.dtype, t.shape) for name, t in state.items()
     }
-    expected = load_dit(path, placement=MergingPlacement(Placement("cpu", None), networks)).state_dict()
+    expected = load_dit(path, placement=MergingPlacement(WeightPlacement("cpu", None), networks)).state_dict()
+    before = load_dit(path).state_dict()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in expected.items())
     for name, tensor in load_dit(merged_path).state_dict().items():
         assert torch.equal(tensor, expected[name]), name
         assert tensor.dtype == expected[name].dtype
 
 
 def test_a_failure_on_the_way_leaves_no_file(
-    lora_dit: DiT, tmp_path: Path, networks: list[tuple[LoRANetwork, float]], monkeypatch: pytest.MonkeyPatch
+    lora_dit: DiT,
+    tmp_path: Path,
+    networks: list[tuple[AdapterNetwork, float]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, merged_path = tmp_path / "dit.safetensors", tmp_path / "merged.safetensors"
     save_file(lora_dit.state_dict(), path)
@@ -98,7 +103,7 @@ def test_a_failure_on_the_way_leaves_no_file(
     def full(*_: object) -> Iterator[bytes]:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hyimg.lora.merged_file.stored_chunks", full)
+    monkeypatch.setattr("hyimg.lora.merging.stored_chunks", full)
     with pytest.raises(HyimgError, match="the disk is full"):
         save_merged(path, merged_path, networks, [], SilentReporter())
     assert [p.name for p in tmp_path.iterdir()] == ["dit.safetensors"]
@@ -106,7 +111,7 @@ def test_a_failure_on_the_way_leaves_no_file(
 
 
 def test_memory_holds_a_few_tensors_and_not_the_model(
-    tmp_path: Path, lora_dit: DiT, networks: list[tuple[LoRANetwork, float]]
+    tmp_path: Path, lora_dit: DiT, networks: list[tuple[AdapterNetwork, float]]
 ) -> None:
     """Counts the bytes that Python asks for: what is read, and what is copied, a megabyte at a time."""
     state = {name: tensor.clone() for name, tensor in lora_dit.state_dict().items()}

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyimg.lora.network import LoRANetwork
-from hyimg.lora.network_args import NetworkArgs
-from hyimg.lora.optimizer_memory import TrainedParameter, optimizer_bytes, trained_parameters
-from hyimg.lora.plan import ModulePlan, plan_network
+from hyimg.checkpoints.names import linear_modules
+from hyimg.lora.inspection import TrainedParameter, optimizer_bytes, trained_parameters
+from hyimg.lora.network import AdapterNetwork
+from hyimg.lora.rank_plan import ModulePlan, parse_network_args, plan_network
 from hyimg.model.dit import DiT
-from hyimg.model.keys import linear_modules
 from hyimg.plugins import load_plugins
-from hyimg.training.builtins import OPTIMIZERS
+from hyimg.plugins.builtins import OPTIMIZERS
 from hyimg.training.optimizers import resolve_optimizer
 
 # a value a tensor (steps, RMS) and the code tables of 8-bit states are left out of the table
@@ -24,7 +23,7 @@ NUM_SCALARS = 3
 def plans(lora_dit: DiT) -> tuple[ModulePlan, ...]:
     """Ranks that make tensors of more and of less than 4096 values, a frozen and a left-out module, all kinds."""
     args = ["dora=True", "split_qkv=True", "network_reg_dims=img_mod=0,mlp=96", "network_reg_lrs=txt_mod=0"]
-    return plan_network(linear_modules(lora_dit.arch), dim=8, args=NetworkArgs.parse(args))
+    return plan_network(linear_modules(lora_dit.arch), dim=8, args=parse_network_args(args))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -32,7 +31,7 @@ def plans(lora_dit: DiT) -> tuple[ModulePlan, ...]:
 def test_each_built_in_optimiser_keeps_what_the_table_says(
     lora_dit: DiT, plans: tuple[ModulePlan, ...], name: str
 ) -> None:
-    network = LoRANetwork.create(lora_dit, plan=plans)
+    network = AdapterNetwork.create(lora_dit, plan=plans)
     network.attach(lora_dit)
     groups = network.parameter_groups(1e-4)
     parameters = [parameter for group in groups for parameter in group["params"]]

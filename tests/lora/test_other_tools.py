@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hyimg.checkpoints.header_check import open_dit
+from hyimg.checkpoints.safetensors_file import read_header
 from hyimg.errors import HyimgError
-from hyimg.lora.contents import PEFT_CONFIG, LoRAContents
-from hyimg.lora.file import convert, merge, read_lora, require_finite
-from hyimg.lora.updates import read_updates
-from hyimg.model.safetensors_file import read_header
+from hyimg.lora.files.conversion import convert, merge, read_adapters, read_lora, require_finite
+from hyimg.lora.files.foreign import METADATA_KEY
+from hyimg.lora.files.stored import LoRAFile
 
 Load = Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
 Products = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -45,11 +46,13 @@ def test_every_precision_keeps_its_deltas(
     src, dst = tmp_path / "src.safetensors", tmp_path / "dst.safetensors"
     save_file(narrow, src)
     convert(src, dst, to=target)
-    expected = {update.name: update for update in read_updates(src)}
+    expected = dict(read_adapters(src))
     assert len(expected) == 24
-    for update in read_updates(dst):
-        theirs = expected[update.name]
-        torch.testing.assert_close(update.rows(slice(None)), theirs.rows(slice(None)), rtol=1e-5, atol=1e-5)
+    for name, update in read_adapters(dst):
+        theirs = expected[name]
+        torch.testing.assert_close(
+            update.delta_rows(slice(None)), theirs.delta_rows(slice(None)), rtol=1e-5, atol=1e-5
+        )
     sum_of = {tensor.dtype for tensor in load(dst)[0].values()}
     assert dtype in sum_of, "what is only renamed stays as narrow as it was"
     require_finite(src, read_lora(src))
@@ -65,7 +68,7 @@ def test_alpha_for_single_modules_in_pefts_configuration_is_honoured(
     state = _adapter(one, 4, 8, 40) | _adapter(ten, 4, 8, 40)
     pattern = {"1.proj_out": 2}  # the end of a name, from a dot on
     config = {"transformer.r": 4, "transformer.lora_alpha": 16, "transformer.alpha_pattern": pattern}
-    save_file(state, tmp_path / "src.safetensors", {PEFT_CONFIG: json.dumps(config)})
+    save_file(state, tmp_path / "src.safetensors", {METADATA_KEY: json.dumps(config)})
     convert(tmp_path / "src.safetensors", tmp_path / "dst.safetensors", to="kohya")
     written = load(tmp_path / "dst.safetensors")[0]
     assert float(written["lora_unet_single_blocks_1_linear2.alpha"]) == 2
@@ -105,13 +108,13 @@ def test_a_smaller_rank_is_the_best_there_is_and_its_error_is_told(
     done = convert(src, dst, to="kohya", max_rank=3)
     _, metadata = load(dst)
     squares = [0.0, 0.0]
-    for update in read_updates(dst):
-        delta = deltas[f"{update.name}.weight"].double()
+    for name, update in read_adapters(dst):
+        delta = deltas[f"{name}.weight"].double()
         singular = torch.linalg.svdvals(delta)
-        error = float((update.rows(slice(None)).double() - delta).norm())
+        error = float((update.delta_rows(slice(None)).double() - delta).norm())
         assert error == pytest.approx(float(singular[3:].norm()), abs=1e-5)
         assert update.rank <= 3
-        name = f"lora_unet_{update.name.replace('.', '_')}"
+        name = f"lora_unet_{name.replace('.', '_')}"
         if name in done.errors:
             assert done.errors[name] == pytest.approx(error / float(delta.norm()), abs=1e-5)
             squares = [squares[0] + error**2, squares[1] + float(delta.square().sum())]
@@ -161,8 +164,8 @@ FOREIGN = {
 def test_a_lora_for_another_model_is_told_from_its_names(tmp_path: Path, name: str) -> None:
     up = name.replace("lora_down", "lora_up").replace("lora.down", "lora.up").replace("lora_A", "lora_B")
     save_file({name: torch.zeros(2, 8), up: torch.zeros(8, 2)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(HyimgError, match=f"no LoRA of HunyuanImage-2.1 but of {FOREIGN[name]}, by its names"):
-        LoRAContents.open(tmp_path / "foreign.safetensors", allow_partial=True)
+    with pytest.raises(HyimgError, match=f"not a LoRA of .* but of {FOREIGN[name]}, judging"):
+        LoRAFile.open(tmp_path / "foreign.safetensors", allow_partial=True)
 
 
 def test_flux_and_hunyuan_video_are_told_by_their_width(tmp_path: Path) -> None:
@@ -170,8 +173,91 @@ def test_flux_and_hunyuan_video_are_told_by_their_width(tmp_path: Path) -> None:
     state = _adapter("diffusion_model.double_blocks.0.img_attn.qkv", 2, 9216, 3072)
     state |= _adapter("diffusion_model.txt_in.individual_token_refiner.blocks.0.self_attn.qkv", 2)
     save_file(state, tmp_path / "flux.safetensors")
-    with pytest.raises(HyimgError, match=r"3072 wide, as those of FLUX\.1 and HunyuanVideo"):
-        LoRAContents.open(tmp_path / "flux.safetensors")
+    with pytest.raises(HyimgError, match=r"3072 wide, like those of FLUX\.1 and HunyuanVideo"):
+        LoRAFile.open(tmp_path / "flux.safetensors")
+
+
+# Kinds of adapters that are not read
+
+NAME = "lora_unet_double_blocks_0_img_attn_proj"
+PEFT_NAME = f"base_model.model.{STEM}_proj"
+VECTOR, MATRIX = torch.ones(8), torch.ones(8, 8)
+OTHER_KINDS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "full": ({f"{NAME}.diff": MATRIX, f"{NAME}.diff_b": VECTOR}, "full weights (LyCORIS's `full`)"),
+    "norm": ({f"{NAME}.w_norm": VECTOR, f"{NAME}.b_norm": VECTOR}, "norm layers (LyCORIS's `train_norm`)"),
+    "oft": ({f"{NAME}.oft_blocks": torch.ones(2, 4, 4), f"{NAME}.alpha": torch.tensor(0.1)}, "OFT"),
+    "boft": (
+        {
+            f"{NAME}.oft_blocks": torch.ones(1, 2, 4, 4),
+            f"{NAME}.alpha": torch.tensor(0.1),
+            f"{NAME}.rescale": MATRIX[:, :1],
+        },
+        "BOFT",
+    ),
+    "glora": (
+        {f"{NAME}.{end}.weight": MATRIX for end in ("a1", "a2", "b1", "b2")}
+        | {f"{NAME}.alpha": torch.tensor(1.0)},
+        "GLoRA",
+    ),
+    "ia3": ({f"{NAME}.weight": VECTOR, f"{NAME}.on_input": torch.tensor(0)}, "IA3"),
+    "oft of PEFT": ({f"{PEFT_NAME}.oft_R.weight": torch.ones(2, 6)}, "OFT"),
+    "boft of PEFT": (
+        {f"{PEFT_NAME}.boft_R": torch.ones(1, 2, 4, 4), f"{PEFT_NAME}.boft_s": MATRIX[:, :1]},
+        "BOFT",
+    ),
+    "ia3 of PEFT": ({f"{PEFT_NAME}.ia3_l": MATRIX[:, :1]}, "IA3"),
+    "vera": ({f"{PEFT_NAME}.vera_lambda_b": VECTOR, f"{PEFT_NAME}.vera_lambda_d": VECTOR[:4]}, "VeRA"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_KINDS)
+def test_another_kind_of_adapter_is_called_by_its_name(
+    tmp_path: Path, golden: Path, load: Load, case: str
+) -> None:
+    state, kind = OTHER_KINDS[case]
+    path, mixed = tmp_path / "other.safetensors", tmp_path / "mixed.safetensors"
+    save_file({name: tensor.clone() for name, tensor in state.items()}, path)
+    with pytest.raises(HyimgError) as error:
+        LoRAFile.open(path, allow_partial=True)
+    assert (
+        f"is not a LoRA but {kind}, which is not supported: {len(state)} of {kind}: `" in error.value.message
+    )
+    with pytest.raises(HyimgError, match="is a LoRA, not a diffusion transformer"):
+        open_dit(path)
+    # next to modules that are read: all its tensors are counted and named, alpha too
+    read, _ = load(golden / "lora_kohya.safetensors")
+    rest = {name: tensor for name, tensor in read.items() if not name.startswith(NAME)}
+    save_file(rest | {name: tensor.clone() for name, tensor in state.items()}, mixed)
+    with pytest.raises(HyimgError) as error:
+        LoRAFile.open(mixed)
+    assert f"{len(state)} of its {len(rest) + len(state)} tensors are not read, " in error.value.message
+    assert f"{len(state)} of {kind}: `" in error.value.message
+    assert set(LoRAFile.open(mixed, allow_partial=True).unmapped) == state.keys()
+
+
+def test_biases_and_the_models_own_weights_of_peft_are_called_so(tmp_path: Path) -> None:
+    state = _adapter(PEFT_NAME, 2) | {f"{PEFT_NAME}.lora_B.bias": torch.ones(8)}
+    state |= {"base_model.model.final_layer.linear.weight": torch.ones(4, 4)}
+    save_file(state, tmp_path / "peft.safetensors")
+    with pytest.raises(HyimgError) as error:
+        LoRAFile.open(tmp_path / "peft.safetensors")
+    assert "1 of biases (PEFT's `lora_bias`): `" in error.value.message
+    assert (
+        "1 of the model's own weights (PEFT's `modules_to_save` or `bias`): `base_model"
+        in error.value.message
+    )
+
+
+@pytest.mark.parametrize(("alpha", "warns"), [(4.0, True), (8.0, False)])
+def test_an_alpha_that_lacks_lycoris_rs_lora_is_a_warning(tmp_path: Path, alpha: float, warns: bool) -> None:
+    """Releases differ in whether alpha has the scale alpha / sqrt(rank) in it: 4 * 4 / sqrt(4) = 8."""
+    stem = "lora_unet_double_blocks_0_img_attn_proj"
+    state = {f"{stem}.lora_down.weight": torch.ones(4, 8), f"{stem}.lora_up.weight": torch.ones(8, 4)}
+    state[f"{stem}.alpha"] = torch.tensor(alpha)
+    metadata = {"ss_network_alpha": "4.0", "ss_network_args": json.dumps({"rs_lora": "True", "algo": "lora"})}
+    save_file(state, tmp_path / "lycoris.safetensors", metadata)
+    warnings = LoRAFile.open(tmp_path / "lycoris.safetensors").warnings()
+    assert ["rs_lora" in warning for warning in warnings] == [True] * warns
 
 
 # DoRA
@@ -195,11 +281,11 @@ def test_a_dora_is_refused_where_its_update_cannot_be_held(golden: Path, tmp_pat
     state, _ = load(golden / "lora_kohya.safetensors")
     src, dst = tmp_path / "src.safetensors", tmp_path / "dst.safetensors"
     save_file(state | {f"{QKV}.dora_scale": torch.rand(288, 1)}, src)
-    with pytest.raises(HyimgError, match="is a DoRA in part"):
+    with pytest.raises(HyimgError, match="only some modules of"):
         convert(src, dst, to="diffusers")
-    with pytest.raises(HyimgError, match="which diffusion-pipe's form cannot hold"):
+    with pytest.raises(HyimgError, match="which diffusion-pipe's format cannot hold"):
         convert(src, dst, to="peft")
-    with pytest.raises(HyimgError, match="cannot be scaled, or joined"):
+    with pytest.raises(HyimgError, match="cannot be scaled, or combined"):
         merge([(src, 0.5), (golden / "lora_kohya.safetensors", 0.5)], dst)
     with pytest.raises(HyimgError, match="no closest one of a lower rank"):
         convert(src, dst, to="kohya", max_rank=2)
@@ -228,7 +314,7 @@ def test_a_merged_file_is_the_weighted_sum_of_files_in_any_forms(
     done = merge(files, tmp_path / "merged.safetensors", to=to)
     assert (done.source_format, done.target_format, done.num_modules) == (None, to, 24)
     header = read_header(tmp_path / "merged.safetensors")
-    assert LoRAContents.open(header.path).formats == (to,)
+    assert LoRAFile.open(header.path).formats == (to,)
     assert json.loads(header.metadata["hyimg_merged_from"])[1] == {
         "file": "lora_dpipe.safetensors",
         "weight": -0.25,
@@ -236,9 +322,9 @@ def test_a_merged_file_is_the_weighted_sum_of_files_in_any_forms(
     expected = {name: 0.45 * delta for name, delta in deltas.items()}
     q, v = (state[f"{stem}.lora_B.weight"] @ state[f"{stem}.lora_A.weight"] for stem in other)
     expected["double_blocks.0.img_attn_qkv.weight"] += 2 * torch.cat([q, torch.zeros(96, 96), v])
-    for update in read_updates(tmp_path / "merged.safetensors"):
-        want = expected[f"{update.name}.weight"]
-        torch.testing.assert_close(update.rows(slice(None)), want, rtol=1e-6, atol=1e-5)
+    for name, update in read_adapters(tmp_path / "merged.safetensors"):
+        want = expected[f"{name}.weight"]
+        torch.testing.assert_close(update.delta_rows(slice(None)), want, rtol=1e-6, atol=1e-5)
 
 
 def test_an_adapter_that_one_file_alone_has_gets_its_weight(golden: Path, tmp_path: Path, load: Load) -> None:
@@ -251,9 +337,9 @@ def test_an_adapter_that_one_file_alone_has_gets_its_weight(golden: Path, tmp_pa
         save_file(half, path)
     merge(files, tmp_path / "merged.safetensors")
     deltas, _ = load(golden / "lora_deltas.safetensors")
-    for update in read_updates(tmp_path / "merged.safetensors"):
-        want = deltas[f"{update.name}.weight"] * (-2.0 if "single" in update.name else 0.5)
-        torch.testing.assert_close(update.rows(slice(None)), want, rtol=1e-6, atol=1e-6)
+    for name, update in read_adapters(tmp_path / "merged.safetensors"):
+        want = deltas[f"{name}.weight"] * (-2.0 if "single" in name else 0.5)
+        torch.testing.assert_close(update.delta_rows(slice(None)), want, rtol=1e-6, atol=1e-6)
 
 
 def test_what_all_files_say_of_themselves_is_kept(golden: Path, tmp_path: Path, load: Load) -> None:
@@ -272,7 +358,7 @@ def test_loras_of_two_models_are_not_merged(golden: Path, tmp_path: Path) -> Non
     save_file(
         _adapter("diffusion_model.double_blocks.0.img_attn.qkv", 2, 24, 8), tmp_path / "small.safetensors"
     )
-    with pytest.raises(HyimgError, match="model of width 8, and .* for one of width 96"):
+    with pytest.raises(HyimgError, match="model of width 8, but .* for one of width 96"):
         merge(
             [(golden / "lora_kohya.safetensors", 1.0), (tmp_path / "small.safetensors", 1.0)],
             tmp_path / "dst.safetensors",

@@ -9,26 +9,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from hyimg.checkpoints.architecture import DIT_2_1
+from hyimg.checkpoints.names import linear_modules
+from hyimg.config.training import NetworkArgs
 from hyimg.errors import HyimgError
-from hyimg.lora.file import convert, save_lora
-from hyimg.lora.merge import delta
-from hyimg.lora.network import LoRANetwork
-from hyimg.lora.network_args import NetworkArgs
-from hyimg.lora.plan import plan_from_state, plan_network
-from hyimg.lora.split import SplitLoRA
-from hyimg.model.architecture import DIT_2_1
+from hyimg.lora.adapter import SplitLoRA
+from hyimg.lora.files.conversion import convert, save_lora
+from hyimg.lora.merging import delta
+from hyimg.lora.network import AdapterNetwork
+from hyimg.lora.rank_plan import plan_from_state, plan_network
 from hyimg.model.dit import DiT
-from hyimg.model.keys import linear_modules
 
 Inputs = tuple[Tensor, Tensor, Any]
 SPLIT = NetworkArgs(split_qkv=True)
 
 
 @pytest.fixture
-def network(lora_dit: DiT) -> LoRANetwork:
+def network(lora_dit: DiT) -> AdapterNetwork:
     """A split network of rank 3 and alpha 1.5 with random weights."""
     plan = plan_network(linear_modules(lora_dit.arch), dim=3, alpha=1.5, args=SPLIT)
-    network = LoRANetwork.create(lora_dit, plan=plan)
+    network = AdapterNetwork.create(lora_dit, plan=plan)
     generator = torch.Generator().manual_seed(5)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
@@ -47,7 +47,7 @@ def test_q_k_v_and_the_mlp_of_the_full_model_are_the_references_row_ranges() -> 
 
 def test_each_part_has_its_own_pair_and_each_fresh_down_its_own_draw(lora_dit: DiT) -> None:
     plan = plan_network(linear_modules(lora_dit.arch), args=SPLIT)
-    network = LoRANetwork.create(lora_dit, plan=plan)
+    network = AdapterNetwork.create(lora_dit, plan=plan)
     split = [lora for _, lora in network.adapters() if isinstance(lora, SplitLoRA)]
     assert len(split) == 2 * 2 + 4
     q, k, v = split[0].lora_down.parameters()
@@ -57,10 +57,10 @@ def test_each_part_has_its_own_pair_and_each_fresh_down_its_own_draw(lora_dit: D
 
 
 def test_a_file_means_what_was_trained(
-    network: LoRANetwork, lora_dit: DiT, inputs: Inputs, tmp_path: Path
+    network: AdapterNetwork, lora_dit: DiT, inputs: Inputs, tmp_path: Path
 ) -> None:
     save_lora(tmp_path / "lora.safetensors", network.state())
-    read = LoRANetwork.from_file(tmp_path / "lora.safetensors", lora_dit)
+    read = AdapterNetwork.read(tmp_path / "lora.safetensors", lora_dit.arch)
     assert not any(isinstance(lora, SplitLoRA) for _, lora in read.adapters())
     ours, theirs = delta(network), delta(read)
     for name in ours:
@@ -76,18 +76,20 @@ def test_a_file_means_what_was_trained(
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=2e-5)  # float32 through six blocks
 
 
-def test_the_update_is_the_delta_times_the_input(network: LoRANetwork) -> None:
+def test_the_update_is_the_delta_times_the_input(network: AdapterNetwork) -> None:
     module, lora = next((m, a) for m, a in network.adapters() if m.name == "single_blocks.1.linear1")
     x = torch.randn(2, 5, module.in_features, generator=torch.Generator().manual_seed(0))
     y = lora(x, torch.zeros(2, 5, module.out_features))
     torch.testing.assert_close(y, x @ lora.delta().T, rtol=1e-5, atol=1e-6)
 
 
-def test_a_split_file_goes_on_as_a_split_network(network: LoRANetwork, lora_dit: DiT, tmp_path: Path) -> None:
+def test_a_split_file_goes_on_as_a_split_network(
+    network: AdapterNetwork, lora_dit: DiT, tmp_path: Path
+) -> None:
     state = network.state()
     plan = plan_from_state(linear_modules(lora_dit.arch), state, SPLIT)
     assert {(module.rank, module.alpha) for module in plan} == {(3, 1.5)}
-    again = LoRANetwork.create(lora_dit, plan=plan)
+    again = AdapterNetwork.create(lora_dit, plan=plan)
     again.load_state(state)
     assert {(lora.rank, lora.alpha) for _, lora in again.adapters()} == {(3, 1.5)}
     parameters = dict(network.named_parameters())
@@ -95,23 +97,23 @@ def test_a_split_file_goes_on_as_a_split_network(network: LoRANetwork, lora_dit:
         assert torch.equal(parameter, parameters[name]), name
 
 
-def test_a_split_file_converts_to_every_form(network: LoRANetwork, lora_dit: DiT, tmp_path: Path) -> None:
+def test_a_split_file_converts_to_every_form(network: AdapterNetwork, lora_dit: DiT, tmp_path: Path) -> None:
     save_lora(tmp_path / "lora.safetensors", network.state(), {})
     expected = delta(network)
     for form in ("comfy", "peft", "diffusers"):
         convert(tmp_path / "lora.safetensors", tmp_path / f"{form}.safetensors", to=form)
-        found = delta(LoRANetwork.from_file(tmp_path / f"{form}.safetensors", lora_dit))
+        found = delta(AdapterNetwork.read(tmp_path / f"{form}.safetensors", lora_dit.arch))
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_a_file_that_is_not_split_is_refused_by_a_split_network(lora_dit: DiT) -> None:
-    whole = LoRANetwork.create(lora_dit, rank=12)
+    whole = AdapterNetwork.create(lora_dit, rank=12)
     for _, lora in whole.adapters():
         torch.nn.init.ones_(lora.lora_up.weight)
     plan = plan_from_state(linear_modules(lora_dit.arch), whole.state(), SPLIT)
     with pytest.raises(HyimgError, match=r"img_attn_qkv` is one adapter for all rows"):
-        LoRANetwork(plan).load_state(whole.state())
-    odd = LoRANetwork.create(lora_dit, rank=4).state()
+        AdapterNetwork(plan).load_state(whole.state())
+    odd = AdapterNetwork.create(lora_dit, rank=4).state()
     with pytest.raises(HyimgError, match=r"the rank 4 of `double_blocks.0.img_attn_qkv` is no multiple of 3"):
         plan_from_state(linear_modules(lora_dit.arch), odd, SPLIT)

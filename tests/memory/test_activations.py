@@ -11,25 +11,24 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hyimg.lora.network import LoRANetwork
-from hyimg.memory.activations import CheckpointOptions, checkpointed
-from hyimg.model.architecture import DIT_TINY
-from hyimg.model.attention import AttentionBackend
-from hyimg.model.attention_backends import Kernels
-from hyimg.model.conditioning import TextCondition, collate
-from hyimg.model.dit import DiT
-from hyimg.model.random_init import init_random
+from hyimg.checkpoints.architecture import DIT_TINY
+from hyimg.config.models import TrainingMemory
+from hyimg.lora.network import AdapterNetwork
+from hyimg.memory.checkpointing import checkpointed
+from hyimg.model.attention import AttentionBackend, Kernels
+from hyimg.model.dit import DiT, TextCondition, collate
+from hyimg.model.loading import init_random
 
 CPU = torch.device("cpu")
 NUM_BLOCKS = DIT_TINY.num_double + DIT_TINY.num_single
 
-OFF = CheckpointOptions()
-PLAIN = CheckpointOptions(enabled=True)
+OFF = TrainingMemory()
+PLAIN = TrainingMemory(gradient_checkpointing=True)
 FORMS = {
     "plain": PLAIN,
-    "keep": CheckpointOptions(keep_attention=True),
-    "offload": CheckpointOptions(offload=True),
-    "keep and offload": CheckpointOptions(keep_attention=True, offload=True),
+    "keep": TrainingMemory(checkpoint_keep="attention"),
+    "offload": TrainingMemory(cpu_offload_checkpointing=True),
+    "keep and offload": TrainingMemory(checkpoint_keep="attention", cpu_offload_checkpointing=True),
 }
 every_form = pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 
@@ -37,12 +36,11 @@ every_form = pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 class Training:
     """A tiny DiT with a LoRA, and its step on two images whose prompts differ in length."""
 
-    def __init__(self, options: CheckpointOptions, dtype: torch.dtype = torch.float32) -> None:
-        torch.set_num_threads(1)
+    def __init__(self, options: TrainingMemory, dtype: torch.dtype = torch.float32) -> None:
         self.dit = DiT(DIT_TINY)
         init_random(self.dit, seed=0)
         self.dit.to(dtype).requires_grad_(False)
-        self.network = LoRANetwork.create(self.dit, rank=4, alpha=4)
+        self.network = AdapterNetwork.create(self.dit, rank=4, alpha=4)
         for _, lora in self.network.adapters():
             torch.nn.init.normal_(lora.lora_up.weight, std=0.1, generator=torch.Generator().manual_seed(1))
         self.network.attach(self.dit)
@@ -67,8 +65,8 @@ def equal(first: list[Tensor], second: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_form
-def test_every_form_gives_bit_equal_losses_and_gradients(
-    options: CheckpointOptions, dtype: torch.dtype
+def test_every_option_gives_bit_equal_losses_and_gradients(
+    options: TrainingMemory, dtype: torch.dtype
 ) -> None:
     plain, other = Training(OFF, dtype), Training(options, dtype)
     for timestep in (500.0, 20.0):  # buffers of the first step serve the second
@@ -80,7 +78,7 @@ def test_every_form_gives_bit_equal_losses_and_gradients(
 
 
 @every_form
-def test_two_graphs_at_once_and_one_dropped_are_right(options: CheckpointOptions) -> None:
+def test_concurrent_and_dropped_graphs_give_the_right_gradients(options: TrainingMemory) -> None:
     plain, other = Training(OFF), Training(options)
     for training in (plain, other):
         training.forward(700.0)  # its graph is dropped
@@ -95,7 +93,7 @@ def test_two_graphs_at_once_and_one_dropped_are_right(options: CheckpointOptions
 
 @pytest.mark.parametrize("call", [5, 10], ids=["forward", "recomputation"])
 @every_form
-def test_an_exception_in_a_block_leaves_nothing_behind(options: CheckpointOptions, call: int) -> None:
+def test_an_exception_in_a_block_does_not_affect_the_next_step(options: TrainingMemory, call: int) -> None:
     plain, other = Training(OFF), Training(options)
     attention, calls = other.dit.attention, Counter()
 
@@ -131,7 +129,7 @@ class CountOperators(TorchDispatchMode):
         return sum(n for name, n in self.counts.items() if "attention" in name and "backward" not in name)
 
 
-def test_kept_attention_is_not_recomputed_and_all_the_rest_is() -> None:
+def test_kept_attention_is_not_recomputed_and_everything_else_is() -> None:
     attentions, linears = {}, {}
     for name, options in {"off": OFF, **FORMS}.items():
         training = Training(options)
@@ -186,11 +184,11 @@ def register_attention(name: str, runs: Counter[str]) -> Callable[[Tensor, Tenso
         ("hyimg_test::rotate", False),
     ],
 )
-def test_the_kernels_of_other_libraries_are_kept_by_their_names(name: str, is_kept: bool) -> None:
+def test_attention_operators_of_other_libraries_are_recognised_by_name(name: str, is_kept: bool) -> None:
     runs: Counter[str] = Counter()
     kernel = register_attention(name, runs)
     gradients = []
-    for options in (OFF, CheckpointOptions(keep_attention=True)):
+    for options in (OFF, TrainingMemory(checkpoint_keep="attention")):
         training = Training(options)
         training.dit.attention = AttentionBackend(Kernels("double", kernel), split=True)
         runs.clear()
@@ -203,7 +201,7 @@ def test_the_kernels_of_other_libraries_are_kept_by_their_names(name: str, is_ke
 
 
 @every_form
-def test_without_gradients_a_block_is_just_run(options: CheckpointOptions) -> None:
+def test_without_gradients_nothing_is_checkpointed(options: TrainingMemory) -> None:
     seen = []
 
     def run(block: Any, *args: Any) -> Any:
@@ -216,15 +214,21 @@ def test_without_gradients_a_block_is_just_run(options: CheckpointOptions) -> No
     assert seen[0][1] == "attend"
 
 
-def test_nothing_is_wrapped_where_nothing_is_asked_and_each_way_of_keeping_switches_it_on() -> None:
+def test_checkpointing_is_off_by_default_and_each_option_switches_it_on() -> None:
     def run(block: Any, *args: Any) -> Any:
         return block(*args)
 
     assert checkpointed(run, OFF, CPU) is run
-    assert [options.active for options in (OFF, *FORMS.values())] == [False, True, True, True, True]
+    assert [options.checkpoints_blocks for options in (OFF, *FORMS.values())] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
 
 
-def saved_bytes(options: CheckpointOptions) -> int:
+def saved_bytes(options: TrainingMemory) -> int:
     """What autograd holds on to between forward and backward."""
     seen: dict[int, int] = {}
 
@@ -245,7 +249,7 @@ def test_checkpointing_keeps_a_fraction_of_the_activations() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @every_form
-def test_on_a_gpu_every_form_gives_the_gradients_of_none(options: CheckpointOptions) -> None:
+def test_on_a_gpu_every_option_gives_the_same_gradients(options: TrainingMemory) -> None:
     device = torch.device("cuda", 0)
     gradients = []
     for form in (OFF, options):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,22 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from hyimg.checkpoints.architecture import DIT_TINY
+from hyimg.checkpoints.names import linear_modules
+from hyimg.config.models import TrainingMemory
 from hyimg.errors import HyimgError
-from hyimg.lora.network import LoRANetwork
-from hyimg.lora.plan import plan_network
+from hyimg.lora.network import AdapterNetwork
+from hyimg.lora.rank_plan import plan_network
 from hyimg.memory import compilation
-from hyimg.memory.activations import CheckpointOptions, checkpointed
+from hyimg.memory.checkpointing import checkpointed
 from hyimg.memory.compilation import compile_blocks, require_compiler
-from hyimg.memory.swap import BlockSwap
-from hyimg.memory.swap_plan import SwapPlan
-from hyimg.model.architecture import DIT_TINY
-from hyimg.model.conditioning import collate
-from hyimg.model.dit import DiT
-from hyimg.model.keys import linear_modules
-from hyimg.model.random_init import init_random
+from hyimg.memory.swap import BlockSwap, streamed_units
+from hyimg.model.dit import DiT, collate
+from hyimg.model.loading import init_random
 
 CPU = torch.device("cpu")
-OFF = CheckpointOptions()
+OFF = TrainingMemory()
 ARCH = replace(DIT_TINY, num_double=4, num_single=6)
 # Latent height and width, text tokens
 BUCKETS = [(4, 6, 5), (6, 4, 7), (5, 5, 9), (8, 8, 3), (2, 9, 4)]
@@ -57,9 +58,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
 
 
 def make(
-    *, compiled: bool = False, checkpointing: CheckpointOptions = OFF, blocks_to_swap: int = 0
-) -> tuple[DiT, LoRANetwork]:
-    torch.set_num_threads(1)
+    *, compiled: bool = False, checkpointing: TrainingMemory = OFF, blocks_to_swap: int = 0
+) -> tuple[DiT, AdapterNetwork]:
     dit = DiT(ARCH)
     init_random(dit, seed=0)
     dit.requires_grad_(False)
@@ -68,23 +68,25 @@ def make(
     run = dit.run_block
     if blocks_to_swap:
         swap = BlockSwap(
-            dit, SwapPlan.for_arch(ARCH, blocks_to_swap), CPU, checkpointing=checkpointing.active
+            dit, streamed_units(ARCH, blocks_to_swap), CPU, checkpointing=checkpointing.checkpoints_blocks
         )
         run = swap.run
     dit.run_block = checkpointed(run, checkpointing, CPU)
-    if blocks_to_swap and checkpointing.active:
+    if blocks_to_swap and checkpointing.checkpoints_blocks:
         dit.run_block = swap.around_checkpoint(dit.run_block)
     # Few adapters: they take most of the time that tracing takes
     plan = plan_network(linear_modules(ARCH), dim=4, alpha=4)
     plan = [module for module in plan if module.name.endswith(("txt_attn_qkv", "img_mlp.fc2", "linear1"))]
-    network = LoRANetwork.create(dit, plan=plan)
+    network = AdapterNetwork.create(dit, plan=plan)
     for _, lora in network.adapters():
         torch.nn.init.normal_(lora.lora_up.weight, std=0.1, generator=torch.Generator().manual_seed(1))
     network.attach(dit)
     return dit, network
 
 
-def step(dit: DiT, network: LoRANetwork, bucket: tuple[int, int, int], num_images: int = 1) -> list[Tensor]:
+def step(
+    dit: DiT, network: AdapterNetwork, bucket: tuple[int, int, int], num_images: int = 1
+) -> list[Tensor]:
     """The prediction and the LoRA's gradients; prompts of several images differ in length."""
     height, width, num_text = bucket
     generator = torch.Generator().manual_seed(0)
@@ -122,7 +124,7 @@ def test_one_set_of_graphs_serves_all_blocks_buckets_prompts_and_multipliers(gra
 
 
 def test_streaming_and_recomputation_use_the_same_graphs(graphs: Graphs) -> None:
-    checkpointing = CheckpointOptions(keep_attention=True, offload=True)
+    checkpointing = TrainingMemory(checkpoint_keep="attention", cpu_offload_checkpointing=True)
     compiled, plain = make(compiled=True, checkpointing=checkpointing, blocks_to_swap=4), make()
     for bucket in BUCKETS[:3]:
         assert_near(step(*compiled, bucket), step(*plain, bucket))
@@ -130,7 +132,7 @@ def test_streaming_and_recomputation_use_the_same_graphs(graphs: Graphs) -> None
 
 
 @pytest.mark.long
-def test_a_network_that_is_taken_off_and_images_without_gradients_are_right(graphs: Graphs) -> None:
+def test_detached_networks_and_passes_without_gradients_give_the_right_result(graphs: Graphs) -> None:
     compiled, plain = make(compiled=True), make()
     with torch.no_grad():
         assert_near(step(*compiled, BUCKETS[0]), step(*plain, BUCKETS[0]))
@@ -144,8 +146,8 @@ def test_a_network_that_is_taken_off_and_images_without_gradients_are_right(grap
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("checkpointing", [CheckpointOptions(), CheckpointOptions(keep_attention=True)])
-def test_with_the_real_compiler_results_are_those_without(checkpointing: CheckpointOptions) -> None:
+@pytest.mark.parametrize("checkpointing", [TrainingMemory(), TrainingMemory(checkpoint_keep="attention")])
+def test_with_the_real_compiler_results_are_those_without(checkpointing: TrainingMemory) -> None:
     torch._dynamo.reset()
     compiled, plain = make(compiled=True, checkpointing=checkpointing, blocks_to_swap=3), make()
     for bucket in BUCKETS[:2]:
@@ -165,13 +167,18 @@ def test_this_machine_can_compile_for_its_cpu() -> None:
 @pytest.mark.parametrize(
     ("device", "variable", "message", "hint"),
     [
-        ("cpu", "no-such-compiler -O2", "needs a C.. compiler, and there is no `no-such-compiler`", "`CXX`"),
-        ("cpu", None, "needs a C.. compiler, and there is no `g..`", "apt install g++"),
+        (
+            "cpu",
+            "no-such-compiler -O2",
+            "needs a C.. compiler, and `no-such-compiler` was not found",
+            "`CXX`",
+        ),
+        ("cpu", None, "needs a C.. compiler, and `g..` was not found", "apt install g++"),
         ("cuda", None, "needs the package `triton`, which is not installed", "pip install triton"),
-        ("mps", None, "cannot compile for `mps`", "leave `--torch_compile` out"),
+        ("mps", None, "cannot compile for `mps`", "remove `--torch_compile`"),
     ],
 )
-def test_what_is_missing_is_one_sentence(
+def test_a_missing_compiler_is_named(
     monkeypatch: pytest.MonkeyPatch, device: str, variable: str | None, message: str, hint: str
 ) -> None:
     monkeypatch.setattr(compilation.sys, "platform", "linux")
@@ -185,11 +192,11 @@ def test_what_is_missing_is_one_sentence(
     assert hint in error.value.hint
 
 
-def test_missing_header_files_and_an_old_gpu_are_said_too(
+def test_missing_header_files_and_an_old_gpu_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(compilation.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(HyimgError, match="`Python.h` is not there"):
+    with pytest.raises(HyimgError, match="`Python.h` is missing"):
         require_compiler(CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     with pytest.raises(HyimgError, match="7.0 or later, and this one has 6.1"):
@@ -197,7 +204,7 @@ def test_missing_header_files_and_an_old_gpu_are_said_too(
 
 
 @pytest.mark.parametrize("platform", ["linux", "win32"])
-def test_on_windows_triton_brings_its_own_compiler(
+def test_on_windows_triton_needs_no_compiler(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str
 ) -> None:
     monkeypatch.setattr(compilation, "_require_triton", lambda device: None)
@@ -228,3 +235,41 @@ def test_on_a_gpu_compiled_blocks_agree_with_plain_ones() -> None:
         out.square().mean().backward()
         results.append([out.detach(), *(parameter.grad for parameter in network.parameters())])
     assert_near(*results)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows has a temporary folder for each user")
+def test_compiled_code_is_stored_where_only_this_user_can_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "a user's choice")
+    compilation.use_private_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "a user's choice"
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        compilation.use_private_cache()
+        (folder,) = tmp_path.iterdir()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows has a temporary folder for each user")
+@pytest.mark.parametrize("planted", ["link", "open", "file"])
+def test_another_users_folder_for_compiled_code_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, planted: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is as it was afterwards
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    place = tmp_path / f"torchinductor-hyimg-{os.getuid()}"
+    if planted == "link":
+        place.symlink_to(tmp_path)
+    elif planted == "open":
+        place.mkdir()
+        place.chmod(0o777)
+    else:
+        place.touch()
+    with pytest.raises(HyimgError, match="another user can write to"):
+        require_compiler(CPU)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

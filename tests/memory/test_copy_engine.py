@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from hyimg.memory.copy_engine import CudaCopyEngine
 from hyimg.memory.host_memory import HostBuffer
-from hyimg.memory.streaming import Phase, Streamer
+from hyimg.memory.streaming import CudaCopyEngine, Phase, Streamer
 
 
 class Event:
@@ -98,7 +97,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> list[Stream]:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_copies_and_computation_on_a_slot_are_ordered_whatever_is_asked_for(streams, seed):
+def test_copies_and_computation_on_a_slot_are_ordered_for_any_sequence_of_calls(streams, seed):
     draw = random.Random(seed)
     num_units, num_slots = draw.randint(2, 6), draw.randint(1, 4)
     compute = streams[0]
@@ -117,7 +116,7 @@ def test_copies_and_computation_on_a_slot_are_ordered_whatever_is_asked_for(stre
             streamer.forget(draw.randrange(num_units))
 
 
-def test_the_copies_ahead_do_not_wait_for_the_computation_beside_them(streams):
+def test_prefetches_overlap_with_computation(streams):
     slots = [Slot(streams) for _ in range(2)]
     engine = CudaCopyEngine(slots, [torch.empty(8, dtype=torch.uint8)] * 4)
     streamer = Streamer(4, 2, engine)
@@ -155,7 +154,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch):
     return call
 
 
-def test_locked_memory_is_unlocked_with_the_buffer_and_after_its_copies(runtime):
+def test_locked_memory_is_unlocked_when_the_buffer_is_freed_and_its_copies_are_done(runtime):
     cuda = runtime(refuses=False)
     buffer = HostBuffer({"a": torch.ones(3), "b": torch.ones(2, dtype=torch.bfloat16)}, lock=True)
     assert buffer.locked
@@ -167,7 +166,7 @@ def test_locked_memory_is_unlocked_with_the_buffer_and_after_its_copies(runtime)
     assert view.sum() == 3, "who holds a view still has the memory"
 
 
-def test_memory_that_cannot_be_locked_is_used_as_it_is(runtime, monkeypatch):
+def test_memory_that_cannot_be_locked_is_used_unlocked(runtime, monkeypatch):
     cuda = runtime(refuses=True)
     launches = []
     monkeypatch.setattr(torch, "zeros", lambda *shape, device: launches.append(device))
@@ -180,7 +179,7 @@ def test_memory_that_cannot_be_locked_is_used_as_it_is(runtime, monkeypatch):
     assert "unlock" not in cuda.calls
 
 
-def test_parameters_move_in_and_give_their_memory_back():
+def test_parameters_move_into_the_buffer_and_free_their_memory():
     parameters = {name: nn.Parameter(torch.full((5,), value)) for name, value in (("a", 1.0), ("b", 2.0))}
     buffer = HostBuffer(parameters, lock=False)
     for name, parameter in parameters.items():

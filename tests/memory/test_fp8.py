@@ -16,34 +16,31 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from hyimg.checkpoints.architecture import DIT_2_1, DIT_TINY
+from hyimg.checkpoints.names import linear_modules
 from hyimg.errors import HyimgError
 from hyimg.lora.adapter import LoRA
 from hyimg.memory import fp8
 from hyimg.memory.fp8 import (
     E4M3,
+    QuantizationErrors,
     ScaledLinear,
     dequantize,
     is_quantised,
+    layer_kind,
     put_scaled,
     quantize,
     require_fp8_device,
     scaled_linear,
 )
-from hyimg.memory.fp8_report import QuantizationErrors, layer_kind
-from hyimg.model.architecture import DIT_2_1, DIT_TINY
+from hyimg.model import kernels
 from hyimg.model.dit import DiT
-from hyimg.model.keys import linear_modules
 from hyimg.model.layers import MLP, Linear
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "fp8.safetensors")
 GOLDEN_LAYERS = ("img_attn_qkv", "img_mlp_fc1", "img_attn_proj", "txt_attn_proj")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {"tensor": (1,), "scalar": (), "row": (24, 1), "block": (24, 3, 1)}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -57,8 +54,8 @@ def scaled(linear: Linear) -> ScaledLinear:
 @pytest.mark.parametrize("layer", GOLDEN_LAYERS)
 def test_quantising_agrees_with_the_golden_bit_for_bit(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = GOLDEN[f"{layer}.weight"]
-    for chunk in (fp8._CHUNK_CPU, 1, 7 * 64):
-        monkeypatch.setattr(fp8, "_CHUNK_CPU", chunk)
+    for chunk in (kernels.CHUNK_VALUES, 1, 7 * 64):
+        monkeypatch.setattr(kernels, "CHUNK_VALUES", chunk)
         q, scale = quantize(weight)
         assert same_bits(q.view(torch.uint8), GOLDEN[f"{layer}.q_u8"])
         assert same_bits(scale, GOLDEN[f"{layer}.scale_fp32_used_to_quantise"])
@@ -88,7 +85,7 @@ def test_every_value_is_dequantised_exactly(dtype: torch.dtype, form: str) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_zeros_are_zeros_and_what_is_no_number_shows(dtype: torch.dtype) -> None:
+def test_zeros_stay_zero_and_nan_spreads(dtype: torch.dtype) -> None:
     weight = torch.randn(2, 128).to(dtype)
     weight[0, :64] = 0
     weight[1, 70] = torch.inf
@@ -105,7 +102,7 @@ def test_zeros_are_zeros_and_what_is_no_number_shows(dtype: torch.dtype) -> None
 @pytest.mark.parametrize(
     "run", [fp8._dequantize_in_two_passes, pytest.param(fp8._decode, id="what is compiled")]
 )
-def test_the_forms_for_a_device_give_the_same_bits(
+def test_gpu_and_cpu_dequantising_give_the_same_bits(
     dtype: torch.dtype, run: Callable[[Tensor, Tensor, torch.dtype], Tensor]
 ) -> None:
     q, scale = quantize(torch.randn(48, 256).bfloat16())
@@ -157,7 +154,7 @@ def quantised_mlp() -> tuple[MLP, MLP]:
     return plain, quantised
 
 
-def test_only_fp8_is_kept_for_backward_and_the_answer_is_close() -> None:
+def test_only_fp8_weights_are_saved_for_backward_and_the_result_is_close() -> None:
     plain, quantised = quantised_mlp()
     x = torch.randn(1, 33, 128).bfloat16().requires_grad_()
     output, saved = saved_by(quantised, x)
@@ -171,7 +168,7 @@ def test_only_fp8_is_kept_for_backward_and_the_answer_is_close() -> None:
     assert torch.equal(torch.autograd.grad(again.sum(), x)[0], gradient)
 
 
-def test_adapters_act_as_on_any_linear_and_survive_the_change() -> None:
+def test_adapters_survive_quantisation_and_work_as_on_any_linear() -> None:
     parent = nn.Sequential(Linear(64, 64).requires_grad_(False))
     lora = LoRA(64, 64, rank=2, alpha=2)
     lora.initialize(0)
@@ -185,7 +182,7 @@ def test_adapters_act_as_on_any_linear_and_survive_the_change() -> None:
     assert sorted(layer.state_dict()) == ["bias", "weight", "weight_scale"]
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     x = torch.randn(3, 64)
-    assert torch.equal(layer(x), lora(x, layer.product(x)))
+    assert torch.equal(layer(x), lora(x, layer.base_forward(x)))
 
 
 def test_a_missing_scale_is_one() -> None:
@@ -196,7 +193,7 @@ def test_a_missing_scale_is_one() -> None:
     assert torch.equal(layer(x), F.linear(x, q.float(), layer.bias))
 
 
-def test_the_references_layers_are_quantised() -> None:
+def test_the_same_layers_as_in_the_reference_are_quantised() -> None:
     with torch.device("meta"):
         names = [name for name, _ in DiT(DIT_TINY).named_parameters()]
     chosen = {name for name in names if is_quantised(name)}
@@ -210,7 +207,7 @@ def test_a_device_without_fp8_is_refused() -> None:
         require_fp8_device(torch.device("mps"))
 
 
-def test_errors_are_told_by_layer_kind_over_all_blocks() -> None:
+def test_errors_are_summed_by_layer_kind() -> None:
     torch.manual_seed(0)
     errors = QuantizationErrors()
     weights = {
@@ -235,7 +232,7 @@ def test_errors_are_told_by_layer_kind_over_all_blocks() -> None:
     assert "linear1 2." in errors.summary()
 
 
-def test_a_compiled_block_takes_the_product_as_one_operator() -> None:
+def test_the_product_is_one_operator_in_a_compiled_block() -> None:
     """And saves what the plain one does: traced through, it might keep the dequantised weight."""
     pytest.importorskip("torch._inductor")
     torch._dynamo.reset()
@@ -252,14 +249,14 @@ def test_a_compiled_block_takes_the_product_as_one_operator() -> None:
 
 
 @pytest.mark.long
-def test_the_pass_for_a_gpu_compiles_and_runs_inside_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_decoder_compiles_and_runs_inside_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the C++ compiler in Triton's place: one graph for all numbers of blocks, also where autograd runs."""
     torch._dynamo.reset()
     _, mlp = quantised_mlp()
     x = torch.randn(1, 33, 128).bfloat16().requires_grad_()
     expected = mlp(x)
     (gradient,) = torch.autograd.grad(expected.sum(), x)
-    monkeypatch.setattr(fp8, "_dequantize_in_cache", fp8._fused)
+    monkeypatch.setattr(kernels, "dequantize_e4m3", fp8._fused)
     torch._dynamo.utils.counters.clear()
     assert torch.equal(mlp(x), expected)
     assert torch.equal(torch.autograd.grad(mlp(x).sum(), x)[0], gradient)
@@ -269,7 +266,7 @@ def test_the_pass_for_a_gpu_compiles_and_runs_inside_a_product(monkeypatch: pyte
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-def test_without_a_compiler_two_passes_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_dequantising_takes_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object) -> Tensor:
         raise RuntimeError("no Triton here")
 
@@ -283,7 +280,7 @@ def test_without_a_compiler_two_passes_do(monkeypatch: pytest.MonkeyPatch) -> No
     assert not fp8._can_compile
 
 
-def test_a_compiler_that_reads_bits_as_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_miscompiles_the_decoder_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch 2.7.0 makes of the expression for a GPU."""
 
     def converts(q_GK: Tensor, scale_G1: Tensor, dtype: torch.dtype) -> Tensor:
@@ -301,12 +298,12 @@ def test_a_compiler_that_reads_bits_as_numbers_is_not_used(monkeypatch: pytest.M
             warnings.simplefilter("always")
             found[name] = fp8._fused(q.view(-1, 64), scale.view(-1, 1), torch.bfloat16).view(8, 128)
         assert fp8._can_compile == (name == "right")
-        assert ["compiles it wrongly" in str(one.message) for one in told] == [True] * (name == "wrong")
+        assert ["miscompiles it" in str(one.message) for one in told] == [True] * (name == "wrong")
         assert same_bits(found[name], dequantize(q, scale, torch.bfloat16))
     fp8._decodes_right.cache_clear()
 
 
-def test_no_full_size_float32_copy_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dequantising_makes_no_full_size_float32_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest allocation while quantising and dequantising is the result itself."""
     weight = torch.randn(1024, 1024).bfloat16()
 
@@ -317,7 +314,7 @@ def test_no_full_size_float32_copy_is_made(monkeypatch: pytest.MonkeyPatch) -> N
 
     q, scale = quantize(weight)
     assert weight.numel() * 2 <= largest(lambda: dequantize(q, scale, torch.bfloat16)) < weight.numel() * 3
-    monkeypatch.setattr(fp8, "_CHUNK_CPU", 1 << 14)
+    monkeypatch.setattr(kernels, "CHUNK_VALUES", 1 << 14)
     assert max(tensor.numel() for tensor in float32_made(lambda: quantize(weight))) <= max(
         1 << 14, scale.numel()
     )
@@ -344,7 +341,7 @@ def float32_made(run: Callable[[], object]) -> list[Tensor]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("form", SHAPES)
-def test_on_a_gpu_dequantising_is_one_pass_and_the_same(form: str) -> None:
+def test_on_a_gpu_dequantising_is_one_pass_with_the_same_bits(form: str) -> None:
     q = torch.randn(24, 192).to(E4M3)
     scale = torch.rand(SHAPES[form]).bfloat16().float()
     for dtype in DTYPES:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hyimg.memory.offload import HostPool, Offloader, SynchronousLane
+from hyimg.memory.checkpointing import HostPool, Offloader, SynchronousLane
 
 NUM_BLOCKS = 12
 FORWARD_SECONDS, BACKWARD_SECONDS = 1.0, 3.0
@@ -139,14 +139,14 @@ def seconds_of_a_step(copy_seconds: float) -> float:
     return model.lane.now
 
 
-def test_copies_that_fit_beside_the_computation_cost_no_time() -> None:
+def test_fast_copies_are_hidden_by_computation() -> None:
     computation = NUM_BLOCKS * (FORWARD_SECONDS + BACKWARD_SECONDS)
     assert seconds_of_a_step(0.0) == computation
     # Nearly as long as a block; nothing is copied back for the last blocks, whose inputs are still there
     assert seconds_of_a_step(0.95) == pytest.approx(computation)
 
 
-def test_slow_copies_take_the_lanes_time_and_not_both() -> None:
+def test_slow_copies_take_only_their_own_time() -> None:
     copies = 4.0
     total = seconds_of_a_step(copies)
     to_host = NUM_BLOCKS * copies
@@ -156,7 +156,7 @@ def test_slow_copies_take_the_lanes_time_and_not_both() -> None:
     assert total < to_host + back + NUM_BLOCKS * (FORWARD_SECONDS + BACKWARD_SECONDS) - 20
 
 
-def test_the_last_inputs_are_still_on_the_device_and_not_copied_back() -> None:
+def test_the_last_inputs_stay_on_the_device() -> None:
     model = Model()
     model.forward().backward()
     assert model.lane.num_copies["to host"] == NUM_BLOCKS
@@ -175,7 +175,7 @@ def test_inputs_leave_the_device_after_two_more_blocks_have_started() -> None:
     assert len(model.offloader._on_device) == 2
 
 
-def test_host_buffers_serve_every_step_again() -> None:
+def test_host_buffers_are_reused_in_every_step() -> None:
     gc.disable()  # reference counts alone free a graph
     try:
         model = Model()
@@ -199,7 +199,7 @@ def test_a_longer_prompt_replaces_buffers_and_a_shorter_one_uses_larger_ones() -
     assert model.lane.freed == NUM_BLOCKS
 
 
-def test_small_tensors_that_grow_leave_the_buffers_of_large_ones_alone() -> None:
+def test_small_tensors_do_not_take_large_buffers() -> None:
     """As a longer prompt's text streams beside the images'."""
     lane = SimulatedLane(0)
     pool = HostPool(lane)
@@ -218,13 +218,13 @@ def test_a_pool_rounds_up_by_an_eighth_at_most() -> None:
         assert num_bytes <= size <= max(num_bytes * 1.125 + 1, 512)
 
 
-def test_hidden_states_go_and_the_conditioning_stays() -> None:
+def test_hidden_states_are_offloaded_and_the_conditioning_is_not() -> None:
     model = Model()
     model.forward()
     assert model.lane.num_copies["to host"] == NUM_BLOCKS, "one of the two inputs of each block"
 
 
-def test_a_tensor_comes_back_with_its_values_its_strides_and_its_dtype() -> None:
+def test_offloading_preserves_values_strides_and_dtype() -> None:
     offloader = Offloader(SynchronousLane())
     for tensor in (
         torch.randn(2, 3, 4).transpose(1, 2),
@@ -268,7 +268,7 @@ def drive(model: Model, seed: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_whatever_the_order_of_passes_nothing_is_used_early_or_late(seed: int) -> None:
+def test_any_order_of_passes_uses_tensors_only_while_they_are_on_the_device(seed: int) -> None:
     expected = drive(Model(offload=False), seed)
     for copy_seconds in (0.0, 0.7, 9.0):
         model = Model(copy_seconds)
@@ -278,7 +278,7 @@ def test_whatever_the_order_of_passes_nothing_is_used_early_or_late(seed: int) -
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_inputs_are_gone_between_the_passes_and_gradients_are_the_same() -> None:
+def test_on_a_gpu_inputs_leave_the_device_and_gradients_are_the_same() -> None:
     device = torch.device("cuda", 0)
     shape, num_blocks = (1, 4096, 2048), 16
     gradients, held = [], []

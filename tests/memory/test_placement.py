@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,15 +14,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hyimg.checkpoints.architecture import DIT_2_1, DIT_TINY, NATIVE_SIZES, VAE_2_1
+from hyimg.checkpoints.header_check import open_dit
+from hyimg.config.models import Memory, TrainingMemory
 from hyimg.errors import HyimgError
-from hyimg.memory.dit import DiTOptions
+from hyimg.memory.budget import (
+    activation_bytes,
+    fits_twice,
+    least_decoding_bytes,
+    least_rendering_bytes,
+    require_room,
+    require_room_for_images,
+    weight_bytes,
+)
+from hyimg.memory.dit_loader import DiTSetup
 from hyimg.memory.fp8 import ScaledLinear, dequantize, is_quantised, quantize
-from hyimg.memory.plan import activation_bytes, fits_twice, require_room, weight_bytes
-from hyimg.memory.swap_plan import SwapPlan
-from hyimg.model.architecture import DIT_2_1, DIT_TINY
+from hyimg.memory.swap import streamed_units
 from hyimg.model.dit import DiT
 from hyimg.model.layers import Linear
-from hyimg.model.random_init import init_random
+from hyimg.model.loading import init_random
 from hyimg.report import SilentReporter
 
 ARCH = replace(DIT_TINY, num_double=4, num_single=8)
@@ -65,16 +78,22 @@ def fp8_path(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactor
     return path
 
 
+def setup(
+    path: Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", **options: object
+) -> DiTSetup:
+    return DiTSetup(open_dit(path), Memory(**options), torch.device(device), dtype)
+
+
 def load(path: Path, **options: object) -> tuple[DiT, Listening]:
     report = Listening()
-    return DiTOptions(**options).load(path, CPU, torch.bfloat16, report), report
+    return setup(path, **options).load(report), report
 
 
-def test_the_weights_of_a_streamed_unit_are_one_piece_of_memory_and_the_only_copy(path, weights):
+def test_a_streamed_units_weights_are_in_one_buffer_and_nowhere_else(path, weights):
     dit, report = load(path, blocks_to_swap=4)
-    plan = SwapPlan.for_arch(ARCH, 4)
+    units = streamed_units(ARCH, 4)
     storages = {name: p.untyped_storage().data_ptr() for name, p in dit.named_parameters()}
-    for unit in plan.units:
+    for unit in units:
         names = [n for n in storages if is_quantised(n) and n.startswith(tuple(f"{b}." for b in unit))]
         assert len({storages[name] for name in names}) == 1
         others = {storage for name, storage in storages.items() if name not in names}
@@ -84,7 +103,7 @@ def test_the_weights_of_a_streamed_unit_are_one_piece_of_memory_and_the_only_cop
     assert [note for note in report.notes if "saves nothing" in note] == report.notes
 
 
-def test_without_options_nothing_is_said_and_every_weight_is_the_files(path, weights):
+def test_without_options_all_weights_equal_the_files_and_nothing_is_noted(path, weights):
     dit, report = load(path)
     assert report.notes == []
     assert all(torch.equal(p, weights[name]) for name, p in dit.named_parameters())
@@ -115,24 +134,40 @@ def test_the_weights_of_an_fp8_file_stay_fp8(fp8_path, weights, blocks_to_swap):
             torch.testing.assert_close(value, weights[name].float(), rtol=0.07, atol=1e-4)
 
 
-def test_what_cannot_be_is_refused_from_the_header(path, fp8_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quantised_in_file", [False, True])
+def test_fp8_products_run_in_the_models_dtype(path, fp8_path, dtype, quantised_in_file):
+    file = fp8_path if quantised_in_file else path
+    dit = setup(file, dtype=dtype, fp8_scaled=not quantised_in_file).load(SilentReporter())
+    assert dit.dtype == dtype
+    layers = [module for module in dit.modules() if isinstance(module, ScaledLinear)][:3]
+    assert layers
+    for layer in layers:
+        x = torch.ones(2, layer.in_features, dtype=dtype)
+        weight = dequantize(layer.weight, layer.weight_scale, dtype)
+        assert layer.bias.dtype == dtype
+        assert torch.equal(layer.base_forward(x), torch.nn.functional.linear(x, weight, layer.bias))
+
+
+def test_impossible_options_are_refused_before_weights_are_read(path, fp8_path):
     def refused(match: str, path: Path = path, **options: object) -> None:
         with pytest.raises(HyimgError, match=match):
-            DiTOptions(**options).check(path, CPU, torch.bfloat16)
+            setup(path, **options).check()
 
     refused("`--blocks_to_swap` 6 is more than this model's 5", blocks_to_swap=6)
-    refused("is fp8 already", fp8_path, fp8_scaled=True)
-    refused("sageattn", attn_mode="sageattn", training=True)
-    DiTOptions(blocks_to_swap=5, fp8_scaled=True).check(path, CPU, torch.bfloat16)
-    DiTOptions().check(fp8_path, CPU, torch.bfloat16)
+    refused("is already fp8", fp8_path, fp8_scaled=True)
+    with pytest.raises(HyimgError, match="sageattn` cannot train"):
+        replace(setup(path, attn_mode="sageattn"), training=TrainingMemory()).check()
+    setup(path, blocks_to_swap=5, fp8_scaled=True).check()
+    setup(fp8_path).check()
 
 
-def test_weights_that_no_memory_of_the_machine_could_hold_are_refused_before_they_are_read():
+def test_weights_larger_than_memory_are_refused():
     whole = weight_bytes(DIT_2_1, blocks_to_swap=0, fp8=False)
     streamed = weight_bytes(DIT_2_1, blocks_to_swap=37, fp8=False)
     gigabytes = 10**9
     room = {"device_name": "cuda:0", "device_bytes": 24 * gigabytes, "host_bytes": 24 * gigabytes}
-    with pytest.raises(HyimgError, match="take 34.9 GB on cuda:0, which has 24.0 GB"):
+    with pytest.raises(HyimgError, match="need 34.9 GB on cuda:0, which has 24.0 GB"):
         require_room(whole, **room)
     with pytest.raises(HyimgError, match="31.3 GB of weights would be in host memory"):
         require_room(streamed, **room)
@@ -142,10 +177,10 @@ def test_weights_that_no_memory_of_the_machine_could_hold_are_refused_before_the
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("blocks_to_swap", [0, 1, 4])
-def test_what_the_weights_take_is_told_as_it_is(path, fp8, blocks_to_swap):
+def test_the_predicted_weight_bytes_are_exact(path, fp8, blocks_to_swap):
     taken = weight_bytes(ARCH, blocks_to_swap=blocks_to_swap, fp8=fp8)
     dit, _ = load(path, fp8_scaled=fp8, blocks_to_swap=blocks_to_swap)
-    streamed = SwapPlan.for_arch(ARCH, blocks_to_swap).blocks
+    streamed = {block for unit in streamed_units(ARCH, blocks_to_swap) for block in unit}
     sizes = {True: 0, False: 0}
     for name, parameter in dit.named_parameters():
         is_streamed = ".".join(name.split(".")[:2]) in streamed and is_quantised(name.replace("_scale", ""))
@@ -153,7 +188,7 @@ def test_what_the_weights_take_is_told_as_it_is(path, fp8, blocks_to_swap):
     assert (sizes[True], sizes[False]) == (taken.host, taken.device - taken.ring)
 
 
-def test_two_images_at_a_time_are_for_gpus_with_room(path, monkeypatch):
+def test_two_images_at_a_time_need_a_gpu_with_room(path, monkeypatch):
     image = activation_bytes(DIT_2_1, 2048, 2048)
     assert activation_bytes(DIT_2_1, 1024, 1024) < image / 2
     streamed = weight_bytes(DIT_2_1, blocks_to_swap=37, fp8=True)
@@ -165,8 +200,66 @@ def test_two_images_at_a_time_are_for_gpus_with_room(path, monkeypatch):
     def has_room(device, gigabytes):
         properties = SimpleNamespace(total_memory=gigabytes * 1e9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        return DiTOptions().has_room_for_two(path, torch.device(device), torch.bfloat16, 2048, 2048)
+        return setup(path, device=device).has_room_for_two(2048, 2048)
 
     assert has_room("cuda", 1)
     assert not has_room("cuda", 0.01)
     assert not has_room("cpu", 1), "whose memory others use too"
+
+
+GIGABYTE = 10**9
+
+
+def picture_needs(*, in_tiles: bool) -> dict[str, Callable[[int, int], int]]:
+    """What pictures of the real model take at the least, in bf16."""
+    return {
+        "rendering": partial(least_rendering_bytes, DIT_2_1),
+        "decoding": partial(least_decoding_bytes, VAE_2_1, in_tiles=in_tiles),
+    }
+
+
+@pytest.mark.parametrize("in_tiles", [False, True])
+def test_native_sizes_are_never_refused_on_small_cards(in_tiles: bool) -> None:
+    needs = picture_needs(in_tiles=in_tiles)
+    require_room_for_images(NATIVE_SIZES, needs, device_name="cuda:0", memory=6 * GIGABYTE, hints={})
+    for width, height in NATIVE_SIZES:
+        assert needs["rendering"](width, height) < activation_bytes(DIT_2_1, width, height)
+
+
+def test_an_impossible_image_size_is_refused_with_the_largest_that_fits() -> None:
+    needs = picture_needs(in_tiles=True)
+    with pytest.raises(HyimgError) as error:
+        require_room_for_images(
+            [(2048, 2048), (3_200_000, 2048)], needs, device_name="cuda:0", memory=24 * GIGABYTE, hints={}
+        )
+    assert error.value.message == (
+        "rendering an image of 3200000x2048 (width x height) needs at least 367.0 GB, and cuda:0 has 24.0 GB"
+    )
+    assert error.value.exit_code == 2
+    side = int(re.search(r"at most (\d+)x\1 could fit", error.value.hint or "")[1])
+    assert side % 32 == 0
+    require_room_for_images([(side, side)], needs, device_name="cuda:0", memory=24 * GIGABYTE, hints={})
+    with pytest.raises(HyimgError):
+        require_room_for_images(
+            [(side + 32, side + 32)], needs, device_name="cuda:0", memory=24 * GIGABYTE, hints={}
+        )
+
+
+def test_tiles_are_suggested_for_an_image_that_only_they_can_decode() -> None:
+    with pytest.raises(HyimgError, match="decoding an image of 8192x8192") as error:
+        require_room_for_images(
+            [(8192, 8192)],
+            picture_needs(in_tiles=False),
+            device_name="cuda:0",
+            memory=24 * GIGABYTE,
+            hints={"decoding": "give `--vae_tile_size 512`"},
+        )
+    assert (error.value.hint or "").startswith("give `--vae_tile_size 512`; at most ")
+
+
+@pytest.mark.parametrize("size", [(32, 10**30), (10**30, 10**30)])
+def test_huge_sizes_are_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(HyimgError, match="needs at least"):
+        require_room_for_images(
+            [size], picture_needs(in_tiles=True), device_name="cpu", memory=GIGABYTE, hints={}
+        )

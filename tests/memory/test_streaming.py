@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 
+from hyimg.checkpoints.architecture import DIT_2_1, DIT_TINY, DIT_TINY_FULL
 from hyimg.errors import HyimgError
 from hyimg.memory.streaming import Phase, Streamer, upcoming
-from hyimg.memory.swap_plan import SwapPlan, max_blocks_to_swap
-from hyimg.model.architecture import DIT_2_1, DIT_TINY, DIT_TINY_FULL
+from hyimg.memory.swap import max_blocks_to_swap, streamed_units
 
 FORWARD, WITH_GRADIENT, BACKWARD = Phase.FORWARD, Phase.FORWARD_WITH_GRADIENT, Phase.BACKWARD
 
@@ -119,7 +119,7 @@ def test_resident_blocks_hide_a_copy_that_is_longer_than_a_streamed_block():
     assert engine.compute_clock <= 3 * 6 * 4.0 + 4.0, "after the first copy the computation never waits"
 
 
-def test_one_slot_is_right_too_and_overlaps_nothing():
+def test_one_slot_works_without_overlap():
     run, engine = simulate(num_units=4, num_slots=1)
     train_step(run, 4)
     assert engine.seconds == 7 + 8, "seven copies, since the turn needs none, and eight computations"
@@ -132,7 +132,7 @@ def test_units_that_all_fit_into_the_ring_are_copied_once():
     assert sorted(engine.copies) == [0, 1, 2]
 
 
-def test_a_second_forward_pass_without_a_backward_one_is_right():
+def test_a_second_forward_pass_without_a_backward_pass_works():
     run, _ = simulate(num_units=6)
     for unit in range(6):
         run(unit, WITH_GRADIENT)
@@ -142,7 +142,7 @@ def test_a_second_forward_pass_without_a_backward_one_is_right():
         run(unit, BACKWARD)
 
 
-def test_a_pass_that_stops_early_leaves_a_scheduler_that_is_right():
+def test_the_scheduler_recovers_from_a_pass_that_stops_early():
     run, _ = simulate(num_units=6)
     for unit in range(3):
         run(unit, WITH_GRADIENT)
@@ -151,7 +151,7 @@ def test_a_pass_that_stops_early_leaves_a_scheduler_that_is_right():
     train_step(run, 6)
 
 
-def test_a_copy_that_fails_leaves_no_slot_that_pretends_to_hold_it():
+def test_after_a_failed_copy_the_slot_counts_as_empty():
     run, engine = simulate(num_units=6)
     run(0, FORWARD)
     plain = engine.copy
@@ -169,7 +169,7 @@ def test_a_copy_that_fails_leaves_no_slot_that_pretends_to_hold_it():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_order_of_calls_is_right(seed):
+def test_any_order_of_calls_gives_the_right_units(seed):
     draw = random.Random(seed)
     num_units, num_slots = draw.randint(1, 8), draw.randint(1, 5)
     seconds = [draw.random() * 3 for _ in range(num_units)]
@@ -196,7 +196,7 @@ def test_any_order_of_calls_is_right(seed):
         (0, BACKWARD, [1, 2, 3]),
     ],
 )
-def test_what_comes_next(unit, phase, expected):
+def test_upcoming_units(unit, phase, expected):
     assert list(upcoming(unit, phase, 4)) == expected
 
 
@@ -204,8 +204,8 @@ def test_what_comes_next(unit, phase, expected):
 
 
 @pytest.mark.parametrize("blocks_to_swap", range(38))
-def test_the_split_is_the_references_and_its_units_are_spread_in_order(blocks_to_swap):
-    units = SwapPlan.for_arch(DIT_2_1, blocks_to_swap).units
+def test_units_follow_the_references_split_and_are_spread_evenly(blocks_to_swap):
+    units = streamed_units(DIT_2_1, blocks_to_swap)
     assert len(units) == blocks_to_swap
     names = [name for unit in units for name in unit]
     doubles = [int(name.split(".")[1]) for name in names if name.startswith("double")]
@@ -223,4 +223,4 @@ def test_the_split_is_the_references_and_its_units_are_spread_in_order(blocks_to
 def test_the_limit_follows_from_the_depths():
     assert [max_blocks_to_swap(arch) for arch in (DIT_2_1, DIT_TINY_FULL, DIT_TINY)] == [37, 37, 1]
     with pytest.raises(HyimgError, match="`--blocks_to_swap` 38 is more than this model's 37"):
-        SwapPlan.for_arch(DIT_2_1, 38)
+        streamed_units(DIT_2_1, 38)

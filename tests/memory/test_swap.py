@@ -13,27 +13,25 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hyimg.lora.network import LoRANetwork
-from hyimg.memory.activations import CheckpointOptions
-from hyimg.memory.copy_engine import SynchronousCopyEngine
-from hyimg.memory.dit import DiTOptions
+from hyimg.checkpoints.architecture import DIT_TINY
+from hyimg.config.models import TrainingMemory
+from hyimg.lora.network import AdapterNetwork
+from hyimg.memory.dit_loader import install_run_block
 from hyimg.memory.fp8 import put_scaled, quantize
-from hyimg.memory.swap import BlockSwap, streamed_parameters
-from hyimg.memory.swap_plan import SwapPlan
-from hyimg.model.architecture import DIT_TINY
-from hyimg.model.conditioning import collate
-from hyimg.model.dit import DiT
-from hyimg.model.random_init import init_random
+from hyimg.memory.streaming import SynchronousCopyEngine
+from hyimg.memory.swap import BlockSwap, streamed_parameters, streamed_units
+from hyimg.model.dit import DiT, collate
+from hyimg.model.loading import init_random
 
 ARCH = replace(DIT_TINY, num_double=5, num_single=10)
 MOST = 7
 CPU = torch.device("cpu")
 CHECKPOINTING = {
-    "plain": CheckpointOptions(),
-    "checkpointing": CheckpointOptions(enabled=True),
-    "keep attention": CheckpointOptions(keep_attention=True),
-    "offload": CheckpointOptions(offload=True),
-    "keep and offload": CheckpointOptions(keep_attention=True, offload=True),
+    "plain": TrainingMemory(),
+    "checkpointing": TrainingMemory(gradient_checkpointing=True),
+    "keep attention": TrainingMemory(checkpoint_keep="attention"),
+    "offload": TrainingMemory(cpu_offload_checkpointing=True),
+    "keep and offload": TrainingMemory(checkpoint_keep="attention", cpu_offload_checkpointing=True),
 }
 
 
@@ -67,7 +65,7 @@ def weights() -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def make(weights: dict[str, Tensor]) -> Callable[..., tuple[DiT, LoRANetwork, BlockSwap | None]]:
+def make(weights: dict[str, Tensor]) -> Callable[..., tuple[DiT, AdapterNetwork, BlockSwap | None]]:
     """A DiT with a LoRA that does something, run as the options say; `dtype` and `fp8` as well."""
 
     def call(
@@ -78,7 +76,7 @@ def make(weights: dict[str, Tensor]) -> Callable[..., tuple[DiT, LoRANetwork, Bl
         fp8: bool = False,
         make_engine: Any = LateEngine,
         num_slots: int = 2,
-    ) -> tuple[DiT, LoRANetwork, BlockSwap | None]:
+    ) -> tuple[DiT, AdapterNetwork, BlockSwap | None]:
         dit = DiT(ARCH)
         dit.load_state_dict(weights)
         dit.to(dtype).requires_grad_(False)
@@ -86,23 +84,22 @@ def make(weights: dict[str, Tensor]) -> Callable[..., tuple[DiT, LoRANetwork, Bl
             for name, tensor in list(dit.named_parameters()):
                 if "_blocks" in name and name.endswith("weight") and "norm" not in name:
                     put_scaled(dit, name, *quantize(tensor.detach()))
-        network = LoRANetwork.create(dit, rank=2, seed=1)
+        network = AdapterNetwork.create(dit, rank=2, seed=1)
         for _, lora in network.adapters():
             torch.nn.init.normal_(lora.lora_up.weight, std=0.1, generator=torch.Generator().manual_seed(2))
         network.attach(dit)
-        options = DiTOptions(blocks_to_swap=blocks_to_swap, checkpointing=CHECKPOINTING[checkpointing])
-        plan = SwapPlan.for_arch(ARCH, blocks_to_swap)
+        units = streamed_units(ARCH, blocks_to_swap)
         swap = None
-        if plan.units:
+        if units:
             swap = BlockSwap(
                 dit,
-                plan,
+                units,
                 CPU,
-                checkpointing=options.checkpointing.active,
+                checkpointing=CHECKPOINTING[checkpointing].checkpoints_blocks,
                 make_engine=make_engine,
                 num_slots=num_slots,
             )
-        options.install(dit, swap)
+        install_run_block(dit, CHECKPOINTING[checkpointing], swap)
         return dit, network, swap
 
     return call
@@ -120,7 +117,7 @@ def ask(dit: DiT, *, seed: int = 0) -> Tensor:
     return dit(latent_BCHW, torch.tensor([300.0, 800.0]), text.to(dtype=dit.dtype))
 
 
-def gradients(dit: DiT, network: LoRANetwork) -> list[Tensor]:
+def gradients(dit: DiT, network: AdapterNetwork) -> list[Tensor]:
     """The loss of a batch and the adapters' gradients."""
     network.zero_grad()
     loss = ask(dit).float().square().mean()
@@ -158,7 +155,7 @@ def test_any_number_of_blocks_changes_no_bit(make, blocks_to_swap):
 
 
 @pytest.mark.parametrize("checkpointing", ["plain", "checkpointing", "offload"])
-def test_a_step_foresees_every_copy_in_both_directions(make, checkpointing):
+def test_a_training_step_prefetches_every_unit_in_both_directions(make, checkpointing):
     dit, network, swap = make(MOST, checkpointing)
     gradients(dit, network)
     swap.engine.copies.clear()
@@ -193,7 +190,7 @@ def test_rendering_between_forward_and_backward_changes_no_bit(make, checkpointi
 
 
 @pytest.mark.parametrize("checkpointing", ["plain", "checkpointing", "offload"])
-def test_two_graphs_at_a_time_and_one_that_is_dropped(make, checkpointing):
+def test_concurrent_and_dropped_graphs_give_the_right_gradients(make, checkpointing):
     plain, plain_network, _ = make()
     (ask(plain).square().mean() + ask(plain, seed=1).square().mean()).backward()
     dit, network, _ = make(MOST, checkpointing)
@@ -203,7 +200,7 @@ def test_two_graphs_at_a_time_and_one_that_is_dropped(make, checkpointing):
 
 
 @pytest.mark.parametrize("checkpointing", ["plain", "checkpointing"])
-def test_a_pass_that_an_exception_ends_leaves_a_model_that_is_right(make, checkpointing):
+def test_the_model_recovers_from_an_exception_in_a_pass(make, checkpointing):
     expected = gradients(*make()[:2])
     dit, network, _ = make(MOST, checkpointing)
     block = dit.single_blocks[5]
@@ -224,7 +221,7 @@ def test_a_pass_that_an_exception_ends_leaves_a_model_that_is_right(make, checkp
     assert same(gradients(dit, network), expected)
 
 
-def test_outside_of_a_run_the_parameters_are_the_weights_themselves(make, weights):
+def test_outside_a_run_the_parameters_are_the_host_weights(make, weights):
     dit, _, _ = make(MOST)
     with torch.no_grad():
         ask(dit)
@@ -234,7 +231,7 @@ def test_outside_of_a_run_the_parameters_are_the_weights_themselves(make, weight
 
 
 @pytest.mark.parametrize("blocks_to_swap", [1, 2, MOST])
-def test_what_is_written_to_a_weight_acts_at_once(make, blocks_to_swap):
+def test_a_write_to_a_streamed_weight_takes_effect_at_once(make, blocks_to_swap):
     resident, _, _ = make()
     dit, _, swap = make(blocks_to_swap)
     names = [name for buffer in swap.buffers for name in buffer.fields]
@@ -265,7 +262,7 @@ def test_a_graph_that_is_dropped_without_a_backward_pass_is_freed(make, checkpoi
     assert not alive
 
 
-def test_to_the_compiler_a_streamed_block_is_like_a_resident_one(make):
+def test_streamed_and_resident_blocks_share_compiled_graphs(make):
     def compiled(blocks_to_swap: int) -> tuple[int, Tensor]:
         torch.compiler.reset()
         graphs = CompileCounterWithBackend("eager")
@@ -291,7 +288,7 @@ def test_biases_and_norms_are_not_streamed(make):
     assert len(fields) == 3 * 10 + 8 * 3
 
 
-def test_the_ring_is_let_go_with_the_model(make):
+def test_the_ring_is_freed_with_the_model(make):
     dit, network, swap = make(MOST)
     gradients(dit, network)
     slot = weakref.ref(swap.slots[0].untyped_storage())
@@ -310,20 +307,19 @@ def test_on_a_gpu_streamed_gradients_equal_resident_ones(weights, checkpointing)
         dit = DiT(ARCH)
         dit.load_state_dict(weights)
         dit.requires_grad_(False)
-        plan = SwapPlan.for_arch(ARCH, blocks_to_swap)
+        units = streamed_units(ARCH, blocks_to_swap)
         for name, parameter in dit.named_parameters():
-            streamed = ".".join(name.split(".")[:2]) in plan.blocks and "norm" not in name
+            streamed = ".".join(name.split(".")[:2]) in sum(units, ()) and "norm" not in name
             if not (streamed and name.endswith(".weight")):
                 parameter.data = parameter.data.to(cuda)
-        network = LoRANetwork.create(dit, rank=2, seed=1)
+        network = AdapterNetwork.create(dit, rank=2, seed=1)
         network.to(cuda)
         network.attach(dit)
-        options = DiTOptions(blocks_to_swap=blocks_to_swap, checkpointing=CHECKPOINTING[checkpointing])
         swap = None
-        if plan.units:
-            swap = BlockSwap(dit, plan, cuda, checkpointing=options.checkpointing.active)
+        if units:
+            swap = BlockSwap(dit, units, cuda, checkpointing=CHECKPOINTING[checkpointing].checkpoints_blocks)
             assert swap.is_locked
-        options.install(dit, swap)
+        install_run_block(dit, CHECKPOINTING[checkpointing], swap)
         generator = torch.Generator().manual_seed(0)
         text = collate([(torch.randn(9, ARCH.text_dim, generator=generator), None)]).to(cuda)
         latent_BCHW = torch.randn(1, ARCH.latent_channels, 16, 16, generator=generator).to(cuda)

@@ -1,35 +1,21 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hyimg.model.architecture import DiTArch
-from hyimg.model.conditioning import TextCondition
-from hyimg.model.dit import DiT
+from hyimg.checkpoints.architecture import DiTArch
+from hyimg.model.dit import DiT, TextCondition
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def golden_tensors() -> Callable[[str], dict[str, Tensor]]:
     return lambda name: load_file(GOLDEN / f"{name}.safetensors")
-
-
-@pytest.fixture(scope="session")
-def golden_json() -> Callable[[str], Any]:
-    return lambda name: json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

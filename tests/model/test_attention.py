@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hyimg.checkpoints.architecture import DIT_TINY
 from hyimg.errors import HyimgError
-from hyimg.model import attention_backends
-from hyimg.model.architecture import DIT_TINY
+from hyimg.model import attention
 from hyimg.model.attention import AttentionBackend, bind_lengths, resolve_attention
-from hyimg.model.conditioning import collate
-from hyimg.model.dit import DiT
-from hyimg.model.random_init import init_random
+from hyimg.model.dit import DiT, collate
+from hyimg.model.loading import init_random
 
 CUDA = torch.device("cuda")
 Calls = list[tuple[Any, ...]]
@@ -220,7 +219,7 @@ def test_a_whole_model_runs_on_each_backend(install: Any) -> None:
             torch.testing.assert_close(model(*inputs), expected, rtol=0, atol=1e-5)
 
 
-def test_the_names_for_the_log(install: Any) -> None:
+def test_backend_names_for_the_log(install: Any) -> None:
     for mode in DOUBLES:
         install(mode)
     assert resolve_attention("sdpa").name == "torch"
@@ -230,7 +229,7 @@ def test_the_names_for_the_log(install: Any) -> None:
     assert on_gpu("sageattn").name == "sageattention 2.2.0"
 
 
-def test_flash_is_deterministic_where_torch_is_told_to_be(
+def test_flash_attention_follows_torchs_deterministic_mode(
     install: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install("flash")
@@ -250,7 +249,7 @@ def test_flash_is_deterministic_where_torch_is_told_to_be(
 @pytest.mark.parametrize(
     ("mode", "options", "message", "hint"),
     [
-        ("torsh", {}, "there is no attention mode `torsh`", "did you mean `torch`?"),
+        ("torsh", {}, "unknown attention mode `torsh`", "did you mean `torch`?"),
         ("flash", {"device": torch.device("cpu")}, "needs a CUDA device, and this run is on `cpu`", "torch"),
         (
             "flash",
@@ -265,11 +264,11 @@ def test_flash_is_deterministic_where_torch_is_told_to_be(
         ("sageattn", {}, "the package `sageattention`, which is not installed", "pip install sageattention"),
     ],
 )
-def test_what_cannot_be_is_one_sentence_with_a_way_out(
+def test_unusable_modes_are_refused_with_a_hint(
     monkeypatch: pytest.MonkeyPatch, mode: str, options: dict[str, Any], message: str, hint: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for package in attention_backends.PACKAGES.values():
+    for package in attention.PACKAGES.values():
         monkeypatch.setitem(sys.modules, package.module, None)  # as if it were not installed
     with pytest.raises(HyimgError, match=message) as error:
         on_gpu(mode, **options)
@@ -282,7 +281,7 @@ def test_what_cannot_be_is_one_sentence_with_a_way_out(
     ("mode", "version", "needed"), [("flash", "2.6.3", "2.7.0"), ("xformers", "0.0.26", "0.0.27"),
                                     ("sageattn", "1.0.3", "1.0.6")],
 )  # fmt: skip
-def test_a_version_that_is_too_old_is_named_beside_the_one_needed(
+def test_an_old_version_is_refused_with_the_one_needed(
     install: Any, mode: str, version: str, needed: str
 ) -> None:
     install(mode, version=version)
@@ -323,7 +322,7 @@ def test_an_old_gpu_is_refused(install: Any, monkeypatch: pytest.MonkeyPatch) ->
         on_gpu("flash")
 
 
-def test_bound_attention_merges_heads_and_speaks_of_lengths_only_where_one_is_short() -> None:
+def test_bound_attention_merges_heads_and_passes_lengths_only_with_padding() -> None:
     heard = []
 
     def backend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None) -> Tensor:
@@ -341,7 +340,7 @@ def test_bound_attention_merges_heads_and_speaks_of_lengths_only_where_one_is_sh
 @pytest.mark.parametrize("mode", ["torch", "flash", "xformers", "sageattn"])
 def test_on_a_gpu_each_installed_backend_agrees_with_torch(mode: str) -> None:
     if mode != "torch":
-        pytest.importorskip(attention_backends.PACKAGES[mode].module)
+        pytest.importorskip(attention.PACKAGES[mode].module)
     backend = resolve_attention(mode, device=torch.device("cuda", 0), dtype=torch.bfloat16)
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(2, 300, 4, 128, device="cuda", generator=generator).bfloat16() for _ in range(3))

@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hyimg.checkpoints.architecture import DIT_2_1, DIT_2_1_DISTILLED, DIT_TINY, DiTArch
+from hyimg.config.models import TrainingMemory
 from hyimg.errors import HyimgError
-from hyimg.memory.activations import enable_gradient_checkpointing
-from hyimg.model.architecture import DIT_2_1, DIT_2_1_DISTILLED, DIT_TINY, DiTArch
-from hyimg.model.conditioning import TextCondition, collate
-from hyimg.model.dit import DiT
+from hyimg.memory.checkpointing import checkpointed
+from hyimg.model.dit import DiT, TextCondition, collate
 from hyimg.model.layers import Linear
-from hyimg.model.loading import load_dit
-from hyimg.model.random_init import init_random
+from hyimg.model.loading import init_random, load_dit
 
 Golden = Callable[[str], dict[str, Tensor]]
 
@@ -118,7 +117,7 @@ def test_a_batch_of_unequal_prompts_equals_its_prompts_one_by_one(
     torch.testing.assert_close(together, tensors["c.out"], rtol=0, atol=BASE_TOLERANCE)
 
 
-def test_a_backend_hears_of_lengths_only_where_something_is_padded() -> None:
+def test_a_backend_gets_lengths_only_with_padding() -> None:
     model = DiT(DIT_TINY)
     init_random(model, seed=0)
     heard: list[Sequence[int] | None] = []
@@ -144,7 +143,9 @@ def test_gradient_checkpointing_gives_bit_equal_gradients(
     for checkpointing in (False, True):
         model = make_dit(tensors)
         if checkpointing:
-            enable_gradient_checkpointing(model)
+            model.run_block = checkpointed(
+                model.run_block, TrainingMemory(gradient_checkpointing=True), model.device
+            )
         num_bytes = 0
 
         def count(tensor: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ def test_bfloat16_weights_keep_fractions_of_a_timestep() -> None:
     torch.testing.assert_close(fraction.float(), whole, rtol=0, atol=0.1)
 
 
-def test_adapters_see_input_and_output_and_stay_out_of_the_state_dict() -> None:
+def test_adapters_get_input_and_output_and_are_not_in_the_state_dict() -> None:
     layer = Linear(3, 2)
     x = torch.ones(1, 3)
     base = layer(x)

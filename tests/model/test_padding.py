@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hyimg.model.padding import pack, stack_padded, unpack
+from hyimg.model.attention import pack, stack_padded, unpack
 
 
 def rows(lengths: list[int], dtype: torch.dtype) -> list[Tensor]:
@@ -16,7 +16,7 @@ def rows(lengths: list[int], dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
 @pytest.mark.parametrize("lengths", [[4, 2, 0, 4], [3], [0, 0], [2, 2]])
-def test_rows_are_stacked_as_torch_pads_them(lengths: list[int], dtype: torch.dtype) -> None:
+def test_stacking_equals_torchs_padding(lengths: list[int], dtype: torch.dtype) -> None:
     given = rows(lengths, dtype)
     stacked = stack_padded(given)
     assert stacked.dtype == dtype
@@ -24,7 +24,7 @@ def test_rows_are_stacked_as_torch_pads_them(lengths: list[int], dtype: torch.dt
     assert torch.equal(unpack(pack(stacked, lengths), lengths), stacked)
 
 
-def test_the_backward_pass_writes_the_gradient_once_and_not_once_a_row() -> None:
+def test_the_backward_pass_of_stacking_grows_linearly_with_the_batch() -> None:
     """What is written to new memory grows with the batch, and not with its square."""
 
     class Written(TorchDispatchMode):

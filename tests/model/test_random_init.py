@@ -7,16 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hyimg.model.architecture import DIT_TINY, DIT_TINY_FULL, VAE_TINY, DiTArch
-from hyimg.model.conditioning import collate
-from hyimg.model.dit import DiT
-from hyimg.model.keys import linear_modules
-from hyimg.model.random_init import init_random
+from hyimg.checkpoints.architecture import DIT_TINY, DIT_TINY_FULL, VAE_TINY, DiTArch
+from hyimg.checkpoints.names import linear_modules
+from hyimg.model.dit import DiT, collate
+from hyimg.model.loading import init_random
 from hyimg.model.vae import VAE
 
 
 @pytest.mark.parametrize("arch", [DIT_TINY, DIT_TINY_FULL], ids=["tiny", "full"])
-def test_a_random_dit_is_of_unit_order_and_gradients_reach_every_linear(arch: DiTArch) -> None:
+def test_a_random_dit_has_outputs_of_order_one_and_gradients_everywhere(arch: DiTArch) -> None:
     model = DiT(arch)
     init_random(model, seed=3)
     generator = torch.Generator().manual_seed(0)
@@ -30,7 +29,7 @@ def test_a_random_dit_is_of_unit_order_and_gradients_reach_every_linear(arch: Di
         assert gradient.norm() > 1e-4
 
 
-def test_random_weights_depend_on_seed_and_name_alone() -> None:
+def test_random_weights_depend_only_on_seed_and_name() -> None:
     first, other = DiT(DIT_TINY), DiT(DIT_TINY)
     init_random(first, seed=3)
     init_random(other, seed=4)
@@ -45,7 +44,7 @@ def test_random_weights_depend_on_seed_and_name_alone() -> None:
     )
 
 
-def test_a_random_vae_is_of_unit_order_with_small_deviations() -> None:
+def test_a_random_vae_has_outputs_of_order_one_and_small_deviations() -> None:
     vae = VAE(VAE_TINY)
     init_random(vae, seed=3)
     with torch.no_grad():

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hyimg.checkpoints.architecture import VAE_2_1, VAE_TINY, VAEArch
 from hyimg.errors import HyimgError
-from hyimg.model.architecture import VAE_2_1, VAE_TINY, VAEArch
-from hyimg.model.loading import load_vae
-from hyimg.model.random_init import init_random
+from hyimg.model.loading import init_random, load_vae
 from hyimg.model.vae import SCALING_FACTOR, VAE
 
 # 6e-6 seen between four implementations; the README's own figure
@@ -40,7 +39,10 @@ def test_encoding_and_decoding_agree_with_the_golden_file(
     golden: dict[str, Tensor], vae: VAE, case: str
 ) -> None:
     def close(found: Tensor, name: str) -> None:
-        torch.testing.assert_close(found, golden[f"{case}.{name}"], rtol=0, atol=TOLERANCE)
+        expected = golden[f"{case}.{name}"]
+        # 3e-5 where numbers are about 1, as the README says; moments reach further, and so does their rounding
+        atol = TOLERANCE * max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
     close(vae.encode_moments(golden[f"{case}.image"]), "moments")
     mean, std = vae.encode(golden[f"{case}.image"])
@@ -54,7 +56,7 @@ def test_the_decoded_image_is_not_clamped(golden: dict[str, Tensor], vae: VAE) -
     assert vae.decode(golden["a.mean_scaled"]).abs().max() > 1
 
 
-def test_log_variance_is_clamped_before_it_becomes_a_deviation(vae: VAE, monkeypatch: Any) -> None:
+def test_log_variance_is_clamped(vae: VAE, monkeypatch: Any) -> None:
     moments = torch.cat([torch.zeros(1, 16, 1, 1), torch.tensor(1000.0).expand(1, 16, 1, 1)], dim=1)
     monkeypatch.setattr(vae, "encode_moments", lambda image: moments)
     std = vae.encode(torch.zeros(1, 3, 32, 32)).std_BCHW
@@ -88,7 +90,7 @@ def test_diffusers_model_gives_the_same_numbers_on_its_own_file(tmp_path: Path) 
         torch.testing.assert_close(ours.decode(latent * SCALING_FACTOR), decoded, rtol=0, atol=1e-5)
 
 
-def test_an_image_whose_side_is_no_multiple_of_32_is_refused(vae: VAE) -> None:
+def test_image_sides_must_be_multiples_of_32(vae: VAE) -> None:
     with pytest.raises(HyimgError, match="an image of 48x64 cannot be encoded"):
         vae.encode(torch.zeros(1, 3, 64, 48))
 
@@ -110,7 +112,7 @@ def test_sizes_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 16])
-def test_chunks_of_rows_give_the_whole_picture(chunk_rows: int) -> None:
+def test_chunks_of_rows_give_the_same_image(chunk_rows: int) -> None:
     vae = VAE(VAE_TINY)
     init_random(vae, 0)
     image_BCHW = torch.rand(1, 3, 96, 64) * 2 - 1
@@ -122,7 +124,7 @@ def test_chunks_of_rows_give_the_whole_picture(chunk_rows: int) -> None:
     torch.testing.assert_close(vae.decode(mean), decoded, atol=2e-5, rtol=1e-5)
 
 
-def test_a_chunk_needs_no_more_than_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_reads_only_its_rows_and_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     vae = VAE(VAE_TINY)
     init_random(vae, 0)
     seen: list[int] = []

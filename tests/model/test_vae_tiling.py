@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyimg.model.architecture import VAE_TINY
-from hyimg.model.random_init import init_random
+from hyimg.checkpoints.architecture import VAE_TINY
+from hyimg.model.loading import init_random
 from hyimg.model.vae import VAE, Conv3x3
 from hyimg.model.vae_tiling import cut
 
@@ -47,7 +47,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("picture", "tile_size"), [(smooth_picture, 128), (noisy_picture, 160)])
-def test_tiles_give_the_whole_picture(vae: VAE, picture, tile_size: int) -> None:
+def test_tiles_give_the_same_image(vae: VAE, picture, tile_size: int) -> None:
     # two pictures of different contrast: each has statistics of its own
     image_BCHW = torch.cat([picture(), 0.3 * picture().flip(-1)])
     moments_BCHW, latent_BCHW = vae.encode_moments(image_BCHW), vae.encode(image_BCHW).mean_BCHW
@@ -68,7 +68,7 @@ def test_tiles_work_in_chunks_of_rows(vae: VAE) -> None:
     assert difference(vae.decode(latent_BCHW), whole_BCHW) < TOLERANCE
 
 
-def test_half_precision_differs_by_its_own_rounding_only(weights: VAE) -> None:
+def test_tiles_in_half_precision_differ_only_by_rounding(weights: VAE) -> None:
     vae = VAE(VAE_TINY)
     vae.load_state_dict(weights.state_dict())
     vae = vae.bfloat16().requires_grad_(False)
@@ -81,7 +81,7 @@ def test_half_precision_differs_by_its_own_rounding_only(weights: VAE) -> None:
     assert difference(tiled_BCHW.float(), exact_BCHW) < 1.2 * difference(whole_BCHW.float(), exact_BCHW)
 
 
-def test_a_picture_that_fits_in_a_tile_keeps_its_bits(vae: VAE) -> None:
+def test_an_image_that_fits_in_a_tile_is_bit_equal(vae: VAE) -> None:
     image_BCHW = noisy_picture()
     moments_BCHW, latent_BCHW = vae.encode_moments(image_BCHW), vae.encode(image_BCHW).mean_BCHW
     decoded_BCHW = vae.decode(latent_BCHW)
@@ -90,9 +90,7 @@ def test_a_picture_that_fits_in_a_tile_keeps_its_bits(vae: VAE) -> None:
     assert torch.equal(vae.decode(latent_BCHW), decoded_BCHW)
 
 
-def test_no_convolution_near_the_image_sees_more_than_a_tile(
-    vae: VAE, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_convolutions_near_the_image_run_on_tiles(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
     latent_BCHW = vae.encode(noisy_picture()).mean_BCHW
     vae.set_tile_size(128)
     seen: dict[int, int] = {}
@@ -114,7 +112,7 @@ def test_no_convolution_near_the_image_sees_more_than_a_tile(
     assert seen[3] == WIDTH >> 3, "farther in there is little to save"
 
 
-def test_a_failure_inside_leaves_the_vae_as_it_was(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_in_a_tile_does_not_change_the_vae(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
     latent_BCHW = vae.encode(noisy_picture()).mean_BCHW
     whole_BCHW = vae.decode(latent_BCHW)
     vae.set_tile_size(128)
@@ -131,7 +129,7 @@ def test_a_failure_inside_leaves_the_vae_as_it_was(vae: VAE, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("margin", [2, 4, 8])
-def test_cores_cover_each_place_once_and_tiles_are_no_larger_than_asked(margin: int) -> None:
+def test_cores_partition_the_input_and_tiles_respect_their_size(margin: int) -> None:
     side = 32
     for height, width in [(33, 7), (64, 64), (100, 31), (40, 200), (2 * (side - 2 * margin), 97)]:
         covered = torch.zeros(height, width, dtype=torch.int64)

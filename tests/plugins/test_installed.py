@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("hyimg-captions", "hyimg-frequency", "hyimg-lycoris", "hyimg-midpoint")
+PACKAGES = ("hyimg-captions", "hyimg-frequency", "hyimg-midpoint", "hyimg-vera")
 WITHOUT_TORCH = (
     "import sys\nfrom hyimg.cli.app import run\ncode = run({!r})\n"
     "assert 'torch' not in sys.modules\nsys.exit(code)"
@@ -60,15 +60,15 @@ def test_each_is_listed_with_package_version_hooks_and_names(hyimg):
     assert {name: row["origin"] for name, row in found.items()} == {
         "captions": "hyimg-captions 0.1.0",
         "frequency": "hyimg-frequency 0.1.0",
-        "lycoris": "hyimg-lycoris 0.1.0",
         "midpoint": "hyimg-midpoint 0.1.0",
+        "vera": "hyimg-vera 0.1.0",
     }
     assert found["captions"]["hooks"] == ["hyimg_caption_transforms", "hyimg_commands"]
     assert found["captions"]["provides"] == {
         "caption_transforms": ["underscores", "replace"],
         "commands": ["tags"],
     }
-    assert found["lycoris"]["provides"] == {"networks": ["loha", "lokr"]}
+    assert found["vera"]["provides"] == {"networks": ["vera"]}
     assert found["midpoint"]["provides"] == {"samplers": ["midpoint"]}
 
 

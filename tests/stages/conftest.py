@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from hyimg.cli.app import run
-from hyimg.config.commands import MakeTinyModelConfig
 from hyimg.config.load import make
+from hyimg.config.tools import MakeTinyModelConfig
 from hyimg.report import SilentReporter
 from hyimg.stages.make_tiny_model import ModelFolder, make_tiny_model
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hyimg.lora.file import save_lora
-from hyimg.lora.network import LoRANetwork
+from hyimg.lora.files.conversion import save_lora
+from hyimg.lora.network import AdapterNetwork
 from hyimg.model.loading import load_dit
 
 
@@ -17,7 +17,7 @@ from hyimg.model.loading import load_dit
 def lora(model, tmp_path):
     """A LoRA of the tiny model with updates a tenth as large as its weights."""
     dit = load_dit(model.dit, dtype=torch.float32)
-    network = LoRANetwork.create(dit, rank=4, alpha=2.0, seed=3)
+    network = AdapterNetwork.create(dit, rank=4, alpha=2.0, seed=3)
     torch.manual_seed(0)
     with torch.no_grad():
         for module, adapter in network.adapters():
@@ -57,7 +57,7 @@ def test_what_fp8_leaves_is_told_by_layer_kind(hyimg, lora):
     code, out, err = hyimg("check", lora, "--dit", "{dit}", "--fp8", "--device", "cpu")
     assert code == 0, err
     assert "survives fp8" in out
-    assert "% of the update would survive being merged into an fp8 model" in " ".join(out.split())
+    assert "% of the update would survive merging into an fp8 model" in " ".join(out.split())
 
 
 def test_modules_with_nan_are_named_and_left_out_of_the_sums(hyimg, lora):
@@ -70,8 +70,20 @@ def test_modules_with_nan_are_named_and_left_out_of_the_sums(hyimg, lora):
     assert found["not_finite"] == ["single_blocks.2.linear2"]
     assert found["all"]["modules"] == 31
     assert found["all"]["norm"] > 0
-    assert "warning: 1 module of" in err
+    assert "warning: NaN or infinite values in 1 module of" in err
     assert "`single_blocks.2.linear2`" in err
+
+
+def test_a_dora_by_columns_is_reported_and_not_refused(hyimg, lora):
+    state = load_file(lora)
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    state[f"{name}.dora_scale"] = torch.ones(1, state[f"{name}.lora_down.weight"].shape[1])
+    save_file(state, lora)
+    code, out, err = hyimg("check", lora, "--json")
+    assert code == 0, err
+    assert json.loads(out)["adapters"] == {"DoRA": 1, "LoRA": 31}
+    assert "1 module of" in err
+    assert "DoRA by input columns" in err
 
 
 def test_what_cannot_be_checked_is_refused_in_a_sentence(hyimg, lora, model, tmp_path, golden):

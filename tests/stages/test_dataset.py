@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyimg.data.batches import epoch_batches
+from hyimg.checkpoints import safetensors_file
 from hyimg.data.dataset_file import load_dataset_file
-from hyimg.data.samples import scan
+from hyimg.data.samples import epoch_batches
+from hyimg.data.scan import scan
 from hyimg.encoders import tokenizer
-from hyimg.model import safetensors_file
 from hyimg.training.steps import Schedule
 
 MODELS = ["--vae", "{vae}", "--text_encoder", "{text_encoder}", "--byt5", "{byt5}"]
@@ -247,6 +247,48 @@ def test_without_a_tokenizer_tokens_are_not_counted_and_it_says_so(told, hyimg, 
     assert hyimg("dataset", path, "--tokenizer", path.parent / "nowhere")[0] == 2
 
 
+def test_every_command_reports_what_is_skipped_in_the_same_words(told, hyimg, fill, own_dataset, tmp_path):
+    images = own_dataset.parent / "images"
+    (images / "sub").mkdir()
+    for number in range(7):
+        shutil.copyfile(images / "0.png", images / "sub" / f"{number}.png")
+    (images / "lost.txt").write_text("whose?")
+    (images / "4.txt").write_text("a cat\n\nIt sleeps.", encoding="utf-8")
+    report = told(own_dataset)
+    kinds = [finding["kind"] for finding in report["findings"]]
+    assert (kinds.count("image_in_subfolder"), kinds.count("caption_without_image")) == (7, 1)
+    lines = [
+        "(7): `images/sub/0.png`, `images/sub/1.png`, `images/sub/2.png` and 4 more",
+        "caption file without an image (1): `images/lost.txt`",
+        "(1): `images/4.png` (1 line cut)",
+        "crop (1): `images/0.png` (25%)",
+    ]
+    train = ["train", "--dit", "{dit}", "--dataset_config", own_dataset, "--output_dir", tmp_path / "out"]
+    commands = (fill("latents", own_dataset), fill("text", own_dataset), [*train, "--max_train_steps", 1])
+    for command in commands:
+        code, _, err = hyimg(*command)
+        assert code == 0, err
+        warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+        assert [sum(end in line for line in warnings) for end in lines] == [1] * len(lines), err
+    _, out, _ = hyimg("dataset", own_dataset)
+    shown = out[out.index("skipped or assumed") :]
+    assert "images/sub/4.png\n  and 2 more (`--json` lists all)" in shown
+    assert "images/4.png (1 line cut)" in shown
+
+
+def test_editing_any_line_of_a_whole_caption_encodes_it_again(told, hyimg, fill, own_dataset):
+    text = own_dataset.read_text(encoding="utf-8")
+    own_dataset.write_text(text.replace("num_repeats = 1", "multiline_caption = true"), encoding="utf-8")
+    assert told(own_dataset)["text"]["stores"][0]["missing"] == 0  # captions of one line are as they were
+    caption = own_dataset.parent / "images" / "4.txt"
+    for paragraph in ("It sleeps.", "It is awake."):
+        caption.write_text(f"a cat\n\n{paragraph}\n", encoding="utf-8")
+        assert told(own_dataset)["text"]["stores"][0]["missing"] == 1
+        code, _, err = hyimg(*fill("text", own_dataset))
+        assert (code, "1 prompt made" in err) == (0, True), err
+    assert not any(finding["kind"] == "caption_lines_dropped" for finding in told(own_dataset)["findings"])
+
+
 def test_images_that_are_left_out_are_listed(told, hyimg, captioned, tmp_path):
     path = captioned({"a": "x", "b": "y"})
     (tmp_path / "图像 一" / "b.png").write_bytes(b"no picture")
@@ -305,7 +347,7 @@ def test_the_contact_sheet_shows_the_crops(hyimg, tmp_path):
     images.mkdir()
     picture = Image.new("RGB", (192, 64), "red")
     picture.paste("lime", (64, 0, 128, 64))  # what a square crop keeps
-    picture.save(images / "猫.png")
+    picture.save(images / "龙.png")
     for number in range(8):
         Image.new("RGB", (64, 64), (0, 0, 255 - number)).save(images / f"甲{number}.png")
     path = tmp_path / "set.toml"
@@ -319,7 +361,8 @@ def test_the_contact_sheet_shows_the_crops(hyimg, tmp_path):
         blue = [colour for colour in colours if colour[2] > 200 and colour[:2] == (0, 0)]
         count = {colour: number for number, colour in sheet.convert("RGB").getcolors(1 << 20)}
     assert (255, 0, 0) not in colours
-    assert len(blue) + ((0, 255, 0) in colours) == 6  # six tiles of the one bucket
+    assert len(blue) == 5  # of six tiles of the one bucket
+    assert count[0, 255, 0] == 64 * 64  # the picture that loses most is among them
     assert all(count[colour] == 64 * 64 for colour in blue)
     code, _, err = hyimg("dataset", path, "--contact_sheet", tmp_path / "sheet.jpg")
     assert code == 2

@@ -9,11 +9,9 @@ import sys
 import pytest
 from PIL import Image
 
-from hyimg.micro import shipped
-from hyimg.micro.concept import NUM_KNOWN, NUM_PICTURES
-from hyimg.micro.demo_folder import DemoFolder
-from hyimg.micro.proof import PROOF, prove
-from hyimg.micro.shipped import WEIGHTS
+from benchmarks.micro.proof import PROOF, prove
+from hyimg.demo import concept
+from hyimg.demo.concept import NUM_KNOWN, NUM_PICTURES, WEIGHTS, DemoFolder
 from hyimg.report import SilentReporter
 from hyimg.stages.demo import COMMANDS
 
@@ -64,7 +62,7 @@ def test_the_demo_has_taught_what_was_measured(demo):
 
 
 def test_an_installation_without_the_model_is_told_and_an_earlier_demo_stays(tmp_path, hyimg, monkeypatch):
-    monkeypatch.setattr(shipped, "WEIGHTS", tmp_path / "nowhere")
+    monkeypatch.setattr(concept, "WEIGHTS", tmp_path / "nowhere")
     folder = DemoFolder(tmp_path / "demo")
     folder.directory.mkdir()
     folder.marker.write_text("an earlier one")
@@ -80,6 +78,28 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, hyimg):
     assert code == 2
     assert "is not empty and no earlier demo" in err
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("4", "4")])
+def test_every_command_of_the_demo_computes_in_one_thread_unless_told_otherwise(
+    tmp_path, hyimg, monkeypatch, given, expected
+):
+    threads = []
+
+    def run(command, *, environment):
+        threads.append(environment["OMP_NUM_THREADS"])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("hyimg.stages.demo.run_command", run)
+    for slow in ("copy_micro_model", "_write_dataset"):
+        monkeypatch.setattr(f"hyimg.stages.demo.{slow}", lambda folder, **_: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    code, _, err = hyimg("demo", tmp_path / "demo")
+    assert code == 0
+    assert threads == [expected] * len(COMMANDS)
+    assert ("OMP_NUM_THREADS=1" in err) is (given is None)
 
 
 @pytest.mark.long

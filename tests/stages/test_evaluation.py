@@ -7,9 +7,16 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hyimg.training.step_metrics import COST_FIELDS
+from hyimg.config.image_file import read_settings
+from hyimg.config.rendering import NO_APG
+from hyimg.data.dataset_file import load_dataset_file
+from hyimg.data.scan import scan
+from hyimg.training import saving
+from hyimg.training.evaluation import training_subset
+from hyimg.training.metrics import COST_FIELDS
 
 
 @pytest.fixture
@@ -74,6 +81,20 @@ def noisy(tmp_path):
     return ["--plugin", tmp_path / "noisy.py", "--loss_type", "noisy"]
 
 
+def test_a_folder_for_validation_only_is_validated_and_not_trained_on(train, own_dataset):
+    held = own_dataset.parent / "held"
+    held.mkdir()
+    for name in ("3.png", "3.txt", "4.png", "4.txt"):
+        (own_dataset.parent / "images" / name).rename(held / name)
+    subset = '\n  [[datasets.subsets]]\n  image_dir = "held"\n  validation_split = 1.0\n'
+    own_dataset.write_text(own_dataset.read_text(encoding="utf-8") + subset, encoding="utf-8")
+    folder, _ = train("--max_train_epochs", "1", "--max_validation_steps", "1")
+    assert len(lines(folder)[1]) == 2  # before the first step and after the epoch
+    with safe_open(folder / "lora.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_num_train_images"], metadata["ss_num_validation_images"]) == ("3", "2")
+
+
 def test_validating_and_sampling_change_no_bit_of_the_training(train, prompts, noisy):
     """With everything that has a place of its own in memory or randomness."""
     options = ["--validation_split", "0.4", *noisy]
@@ -93,7 +114,10 @@ def test_validating_and_sampling_change_no_bit_of_the_training(train, prompts, n
 @pytest.mark.parametrize("options", [["--ema_decay", "0.9"], ["--optimizer_type", "AdamWScheduleFree"]])
 def test_the_weights_that_are_saved_are_those_validated_and_sampled(train, prompts, options):
     common = ["--validation_split", "0.4", "--sample_prompts", prompts, "--vae", "{vae}"]
-    folder, _ = train(*common, *options)
+    common += ["--sample_preset", "comfyui"]
+    folder, err = train(*common, *options)
+    assert "samples: preset comfyui: sampler " in err
+    assert read_settings(folder / "sample/lora-000002-01.png")["apg_start_step_general"] == NO_APG
     start = ["--network_weights", folder / "lora.safetensors", "--sample_at_first"]
     again, _ = train(*common, *start, "--max_train_epochs", "1")
     (*_, last), (first, *_) = lines(folder)[1], lines(again)[1]
@@ -125,6 +149,22 @@ def test_held_back_images_are_asked_and_never_trained(train):
         assert first[name] == pytest.approx(sum(by_band) / len(by_band))
 
 
+def test_losses_are_compared_with_those_of_trained_images_and_not_of_regularisation_images(own_dataset):
+    images, regular = own_dataset.parent / "images", own_dataset.parent / "regular"
+    regular.mkdir()
+    for name in ("3.png", "3.txt", "4.png", "4.txt"):
+        (images / name).rename(regular / name)
+    text = own_dataset.read_text(encoding="utf-8").replace("num_repeats = 1", "num_repeats = 3")
+    subset = '\n  [[datasets.subsets]]\n  image_dir = "regular"\n  is_reg = true\n'
+    own_dataset.write_text(text + subset, encoding="utf-8")
+    samples = scan(load_dataset_file(own_dataset)).samples
+    assert len(samples) == 5
+    for count, expected in ((99, 3), (2, 2)):
+        chosen = training_subset(samples, count, seed=0)
+        assert len({sample.key for sample in chosen}) == expected
+        assert all(not sample.subset.is_reg and sample.num_repeats == 1 for sample in chosen)
+
+
 @pytest.mark.parametrize("draws", [False, True], ids=["l2", "a loss that draws"])
 def test_the_same_is_asked_at_every_validation_and_in_every_run(train, noisy, draws):
     still = ["--validation_split", "0.4", "--learning_rate", "1e-30", "--validate_every_n_steps", "1"]
@@ -134,6 +174,51 @@ def test_the_same_is_asked_at_every_validation_and_in_every_run(train, noisy, dr
     assert all(line == values[0] for line in values), "a model that stands still is measured the same"
     _, other = lines(train(*still, "--timestep_sampling", "uniform", "--ip_noise_gamma", "0.3")[0])
     assert {k: v for k, v in other[0].items() if k.startswith("validation")} == values[0]
+
+
+@pytest.fixture
+def split(own_dataset):
+    """The dataset file says which images are held back."""
+    text = own_dataset.read_text(encoding="utf-8")
+    own_dataset.write_text(
+        text.replace("num_repeats = 1", "num_repeats = 1\nvalidation_split = 0.4\nvalidation_seed = 0"),
+        "utf-8",
+    )
+
+
+def test_runs_of_other_seeds_measure_an_untouched_model_the_same(train, noisy, split):
+    def first(*options):
+        return lines(train("--max_train_steps", "1", *noisy, *options)[0])[1][0]
+
+    plain = first()
+    assert first("--seed", "8", "--validation_seed", "0") == plain
+    other = first("--validation_seed", "1")
+    assert other["validation_loss"] != plain["validation_loss"], "of the same images with another noise"
+
+
+def test_a_run_that_goes_on_with_another_seed_of_validation_says_that_losses_do_not_compare(
+    train, split, monkeypatch, as_format_1
+):
+    common = ["--save_state", "--max_train_epochs"]
+    folder, _ = train(*common, "1")
+    more = ["--resume", "latest", "--output_dir", folder, *common]
+    _, err = train(*more, "2", "--validation_seed", "5")
+    assert "used seed 0 before this state and uses 5 now" in err
+    # from a state of a release in which the run's seed decided the noise
+    write = saving.write_state
+
+    def write_as_before(path, document, *rest, **options):
+        document = {key: value for key, value in document.items() if key != "validation_seed"}
+        write(path, document, *rest, **options)
+        as_format_1(path, (folder / "lora.metrics.jsonl").read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(saving, "write_state", write_as_before)
+    _, err = train(*more, "3", "--validation_seed", "5")
+    assert "are not comparable" not in err
+    _, err = train(*more, "4")
+    assert "used seed 7 before this state and uses 0 now" in err
+    _, err = train(*more, "5", "--validation_seed", "7")
+    assert "are not comparable" not in err
 
 
 def test_no_more_batches_are_asked_than_the_option_says(train):

@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +28,8 @@ from PIL import Image
 from hyimg.cache.atomic import TEMPORARY_SUFFIX
 from hyimg.cache.index import INDEX_NAME
 from hyimg.cache.latents import LatentStore
-from hyimg.cache.text import TextStore
+from hyimg.cache.prompt_embeddings import TextStore
+from hyimg.cli import app
 from hyimg.cli.app import main, run
 
 STAGES = ["latents", "text"]
@@ -342,7 +344,7 @@ def test_a_damaged_entry_is_never_used_and_made_again_alone(
     assert code == 0, err
     assert made_and_kept(err) == (2, len(right) - 2)
     if damage is not replace_by_a_broken_link:  # which counts as missing
-        assert "warning: 2 entries are damaged and made again:" in err
+        assert "warning: 2 entries are damaged and will be made again:" in err
     assert contents(cache, stage) == right
     kept = list(cache.rglob("somebody's.txt"))
     assert len(kept) == (2 if damage is replace_by_a_folder else 0)
@@ -388,7 +390,7 @@ def test_an_index_that_is_lost_or_damaged_costs_time_only(
         return
     # and it is a memory again: a warm run reads no entry
     reads = []
-    monkeypatch.setattr(STORES[stage], "read_raw", lambda self, key: reads.append(key))
+    monkeypatch.setattr(STORES[stage], "read_verified", lambda self, key: reads.append(key))
     hyimg(*fill(stage, own_dataset))
     assert reads == []
 
@@ -447,3 +449,49 @@ def test_an_edit_encodes_again_exactly_what_it_affects(hyimg, model, fill, own_d
     other.write_bytes(data)
     assert made(vae=other) == (10, 0)
     assert made() == (0, 0)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("command", ["cache-latents", "cache-text", "infer", "sample"])
+def test_a_closed_terminal_leaves_no_temporary_file(
+    hyimg, own_dataset, model, tmp_path, monkeypatch, command
+):
+    """SIGHUP comes twice, from the kernel and from the shell, between writing a file and giving it its name."""
+    monkeypatch.setattr(app, "_last_signal", None)
+    shutil.rmtree(own_dataset.parent / "hyimg-cache")
+    (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8")
+    models = ["--dit", "{dit}", "--vae", "{vae}"]
+    encoders = ["--text_encoder", "{text_encoder}", "--byt5", "{byt5}"]
+    quick = ["--image_size", "32", "64", "--infer_steps", "1", "--guidance_scale", "1"]
+    arguments = {
+        "cache-latents": ["--dataset_config", own_dataset, "--vae", "{vae}"],
+        "cache-text": ["--dataset_config", own_dataset, *encoders],
+        "infer": [*models, *encoders, *quick, "--prompt", "a cat", "--save_path", tmp_path / "out"],
+        "sample": [
+            *models,
+            *encoders,
+            *quick,
+            "--prompts",
+            tmp_path / "prompts.txt",
+            "--output_dir",
+            tmp_path / "out",
+        ],
+    }[command]
+    replace, waiting = os.replace, []
+
+    def interrupted(source, target):
+        if not waiting and Path(target).suffix in (".safetensors", ".png"):
+            waiting.append(Path(source).is_file())
+            try:
+                app._terminate(signal.SIGHUP, None)
+            finally:
+                app._terminate(signal.SIGHUP, None)  # while the first one unwinds
+        return replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        code, _, err = hyimg(command, *arguments)
+    assert (code, waiting) == (129, [True])
+    assert "error: terminated" in err
+    assert [path for path in tmp_path.rglob("*") if TEMPORARY_SUFFIX in path.name] == []
+    assert hyimg(command, *arguments)[0] == 0

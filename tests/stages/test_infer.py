@@ -16,14 +16,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hyimg.config.picture import read_settings
+from hyimg.checkpoints.architecture import DIT_TINY
+from hyimg.config.image_file import read_settings
+from hyimg.config.rendering import NO_APG
 from hyimg.encoders import qwen
-from hyimg.flow import interactive, plan
-from hyimg.lora.formats import lora_name
-from hyimg.memory.dit import DiTOptions
-from hyimg.model.architecture import DIT_TINY
+from hyimg.lora.files.formats import lora_name
+from hyimg.memory.dit_loader import DiTSetup
 from hyimg.model.dit import DiT
-from hyimg.model.random_init import init_random
+from hyimg.model.loading import init_random
+from hyimg.rendering import interactive, render_plan
 from hyimg.stages import infer as stage
 
 MODELS = ["--dit", "{dit}", "--text_encoder", "{text_encoder}", "--byt5", "{byt5}", "--vae", "{vae}"]
@@ -67,6 +68,24 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(DiT, "forward", counted)
     return sizes
+
+
+def test_the_preset_of_comfyui_is_what_its_options_are(infer):
+    eight = [*SIZE[:3], "--infer_steps", "8"]
+    preset, said = infer("--preset", "comfyui", size=eight)
+    assert "preset comfyui: sampler euler, shift 5, guidance 3.5, no APG\n" in said
+    never = ["--apg_start_step_general", "100", "--apg_start_step_ocr", "100"]
+    by_hand, _ = infer(*never, size=eight)
+    assert torch.equal(latent(preset), latent(by_hand))
+    settings = read_settings(preset)
+    assert settings["apg_start_step_general"] == settings["apg_start_step_ocr"] == NO_APG
+    plain, said = infer(size=eight)
+    assert "preset comfyui" not in said
+    assert not torch.equal(latent(preset), latent(plain)), "APG is on by default"
+    again, _ = infer("--from_image", preset, size=[])
+    assert torch.equal(latent(again), latent(preset))
+    _, said = infer("--preset", "comfyui", "--apg_start_step_general", "1", "--guidance_scale", "2")
+    assert "guidance 2, APG after step 1; at 3 steps ComfyUI's noise levels differ a little" in said
 
 
 # Parts of LoRAs
@@ -133,8 +152,9 @@ def test_a_merged_model_is_a_checkpoint_like_its_source(hyimg, infer, trained, t
     assert {lora_name(name.removesuffix(".weight")) for name in changed} == adapted
 
     models = [str(path) if option == "{dit}" else option for option in MODELS]
-    by_file, _ = infer(models=models)
-    while_loading, _ = infer(*loras, "--lora_mode", "merge")
+    in_bf16 = ["--mixed_precision", "bf16"]
+    by_file, _ = infer(*in_bf16, models=models)
+    while_loading, _ = infer(*in_bf16, *loras, "--lora_mode", "merge")
     assert torch.equal(latent(by_file), latent(while_loading)), "rounded once to bf16, both"
 
     # a second time it is in the way; with a prompt the same command renders too
@@ -195,9 +215,9 @@ def test_texts_come_first_then_one_dit_then_one_vae(infer, tmp_path, monkeypatch
 
         return call
 
-    monkeypatch.setattr(stage, "encode_states", noted("texts", plan.encode_states))
-    monkeypatch.setattr(DiTOptions, "load", noted("dit", DiTOptions.load))
-    monkeypatch.setattr(stage, "load_decoder", noted("vae", plan.load_decoder))
+    monkeypatch.setattr(stage, "encode_states", noted("texts", render_plan.encode_states))
+    monkeypatch.setattr(DiTSetup, "load", noted("dit", DiTSetup.load))
+    monkeypatch.setattr(stage, "load_decoder", noted("vae", render_plan.load_decoder))
     infer("--from_file", prompts)
     assert order == [("texts", 0), ("dit", 0), ("vae", 0)], "name, and how many DiTs were in memory"
     assert len(dits) == 1
@@ -257,7 +277,7 @@ def test_loras_of_a_picture_are_found_by_name_and_checked_by_content(hyimg, infe
     lora.rename(tmp_path / "dog.safetensors")
     code, _, err = hyimg("infer", *arguments)
     assert code == 2
-    assert "was made with the LoRA `cat.safetensors`, which is neither beside it" in err
+    assert "was made with the LoRA `cat.safetensors`, which is neither next to it" in err
     assert not (tmp_path / "new.png").exists()
     # a file that is named is the user's own choice, told and taken
     code, _, err = hyimg("infer", *arguments, "--lora_weight", tmp_path / "dog.safetensors")
@@ -295,8 +315,8 @@ def session(hyimg, tmp_path, monkeypatch):
 
 def test_a_session_answers_line_by_line_with_models_that_stay(session, infer, monkeypatch):
     loads, encoded = [], []
-    load, load_decoder, encode = DiTOptions.load, plan.load_decoder, plan.encode_states
-    monkeypatch.setattr(DiTOptions, "load", lambda *a, **k: loads.append("dit") or load(*a, **k))
+    load, load_decoder, encode = DiTSetup.load, render_plan.load_decoder, render_plan.encode_states
+    monkeypatch.setattr(DiTSetup, "load", lambda *a, **k: loads.append("dit") or load(*a, **k))
     monkeypatch.setattr(interactive, "load_decoder", lambda *a: loads.append("vae") or load_decoder(*a))
     monkeypatch.setattr(interactive, "encode_states", lambda *a: encoded.append(list(a[1])) or encode(*a))
     text = "a red square --d 5\na cat --w 100\na dog --cn x\na red square --d 6 --w 64 --ss heun\n\na cat\n"
@@ -305,9 +325,7 @@ def test_a_session_answers_line_by_line_with_models_that_stay(session, infer, mo
     assert sorted(path.name for path in folder.iterdir()) == ["0001.png", "0002.png"], "an empty line ends"
     assert loads == ["dit", "vae"]
     assert encoded == [["a red square", ""]], "known prompts are not encoded again"
-    assert (
-        "warning: prompt: `--w 100` is not a multiple of 32 (the nearest valid sizes are 96 and 128)" in err
-    )
+    assert "warning: prompt: `--w` must be a multiple of 32, got 100 (nearest: 96 or 128)" in err
     assert "the flag `--cn` is for other models" in err
     assert "stay loaded on cpu" in err
     alone, _ = infer()
@@ -344,7 +362,8 @@ def test_a_distilled_checkpoint_brings_its_own_settings_and_takes_loras_of_the_b
 ):
     models = [str(distilled) if option == "{dit}" else option for option in MODELS]
     size = ["--image_size", "64", "96"]
-    plain, _ = infer("--batch_cond_uncond", "on", models=models, size=size)
+    plain, said = infer("--batch_cond_uncond", "on", "--preset", "comfyui", models=models, size=size)
+    assert "shift 4, guidance 3.25, no APG" in said
     assert calls == [1] * 8, "no pass without the prompt"
     settings = read_settings(plain)
     assert (settings["infer_steps"], settings["flow_shift"], settings["guidance_scale"]) == (8, 4.0, 3.25)

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import re
+import select
 import signal
 import sys
 import time
@@ -21,9 +22,8 @@ import pytest
 
 from hyimg.cache.atomic import TEMPORARY_SUFFIX
 from hyimg.cli.app import main
-from hyimg.training.state_folder import read_state
-from hyimg.training.state_tree import equal, unpack
-from hyimg.training.step_metrics import COST_FIELDS
+from hyimg.training.metrics import COST_FIELDS
+from hyimg.training.state import equal, read_state, unpack
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fork server is used on Linux only")
 
@@ -82,8 +82,8 @@ def server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hyimg.cli.app", "hyimg.stages.train", "torch.utils.tensorboard"])
 
-    def start(arguments):
-        process = context.Process(target=main, args=([str(argument) for argument in arguments],))
+    def start(arguments, target=main, *before):
+        process = context.Process(target=target, args=(*before, [str(argument) for argument in arguments]))
         process.start()
         return process
 
@@ -208,12 +208,15 @@ def test_kills_all_along_a_save(killed_at, undisturbed, marks, tmp_path, capsys)
 # ---- asked to stop
 
 
-def wait_for(condition, process):
+def wait_for(condition, process, *, reads=None):
+    """Returns once it is so; meanwhile what comes from a terminal's other end is read, as a window does."""
     started = time.monotonic()
     while not condition():
+        if reads is not None and select.select([reads], [], [], 0)[0]:
+            os.read(reads, 65536)
         assert process.is_alive()
-        assert time.monotonic() - started < 60
-        time.sleep(0.005)
+        assert time.monotonic() - started < 300
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -225,15 +228,45 @@ def test_a_process_that_is_asked_to_stop_saves_and_can_go_on(server, command, tm
     wait_for(lambda: (folder / "lora.metrics.jsonl").is_file() and metrics(folder), process)
     for target in [process.pid, *children(process.pid)] if number == signal.SIGINT else [process.pid]:
         os.kill(target, number)
-    process.join(60)
+    process.join(300)
     assert process.exitcode == code
     (newest,) = {max(path.name for path in folder.glob("lora-step*-state"))}
     step = int(re.search(r"\d{8}", newest)[0])
     assert read_state(folder / newest).document["step"] == step == len(metrics(folder))
     again = server(command(folder, "--max_train_steps", step + 1))
-    again.join(60)
+    again.join(300)
     assert again.exitcode == 0
     assert len(metrics(folder)) == step + 1
+
+
+def on_a_terminal(name, arguments):
+    """A command line in a session whose terminal is the one of that name."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)  # becomes the session's
+    for number in (0, 1, 2):
+        os.dup2(terminal, number)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under `nohup`
+    main(arguments)
+
+
+def test_a_run_whose_terminal_is_closed_saves_and_can_go_on(server, command, tmp_path):
+    import pty  # not on Windows
+
+    folder = tmp_path / "hung up"
+    ours, theirs = pty.openpty()
+    arguments = command(folder, "--max_data_loader_n_workers", "1", "--max_train_steps", "100000")
+    process = server(arguments, on_a_terminal, os.ttyname(theirs))
+    wait_for(lambda: (folder / "lora.metrics.jsonl").is_file() and metrics(folder), process, reads=ours)
+    for child in children(process.pid):  # a shell sends it to all of a job
+        os.kill(child, signal.SIGHUP)
+    os.close(theirs)
+    os.close(ours)
+    process.join(60)
+    assert process.exitcode == 129
+    newest = max(folder.glob("lora-step*-state"))
+    assert read_state(newest).document["step"] == len(metrics(folder))
+    assert not list(folder.glob(".*")), "no lock is left"
 
 
 def children(pid):
@@ -243,7 +276,7 @@ def children(pid):
 
 TERMINATED_WHILE_LOADING = """
 import os, signal
-import hyimg.memory.dit as memory
+import hyimg.memory.dit_loader as memory
 
 def load(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -255,6 +288,6 @@ memory.load_dit = load
 def test_sigterm_before_the_first_step_ends_the_process_in_order(server, command, tmp_path):
     (tmp_path / "terminated.py").write_text(TERMINATED_WHILE_LOADING, encoding="utf-8")
     process = server(command(tmp_path / "run", "--plugin", tmp_path / "terminated.py"))
-    process.join(60)
+    process.join(300)
     assert process.exitcode == 143
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lora.run.toml"], "and no lock"

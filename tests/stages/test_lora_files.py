@@ -7,6 +7,7 @@ import os
 import pickle
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hyimg.lora.file import convert, save_lora
-from hyimg.lora.network import LoRANetwork
-from hyimg.lora.updates import read_updates
+from hyimg.config.rendering import SheetOptions
+from hyimg.lora.files.conversion import convert, read_adapters, save_lora
+from hyimg.lora.network import AdapterNetwork
 from hyimg.model.loading import load_dit
+from hyimg.report import SilentReporter
+from hyimg.stages.sample import _lora_files
 
 FORMS = ("kohya", "comfy", "peft", "diffusers")
 MODELS = ["--dit", "{dit}", "--text_encoder", "{text_encoder}", "--byt5", "{byt5}", "--vae", "{vae}"]
@@ -35,12 +38,26 @@ def module(kind, rows, columns, factor=8):
     }
 
 
+def peft_folder(folder, network):
+    """The same LoRA as PEFT saves it of a compiled model: alpha is in `adapter_config.json` alone."""
+    state = {}
+    for planned, adapter in network.adapters():
+        stem = f"base_model.model._orig_mod.{planned.name}"
+        state[f"{stem}.lora_A.weight"] = adapter.lora_down.weight
+        state[f"{stem}.lora_B.weight"] = adapter.lora_up.weight
+    folder.mkdir()
+    save_file({name: tensor.detach() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "target_modules": ["linear1"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, model):
     """A LoRA of the tiny model in every form, and a file of LoHas and LoKrs, by name."""
     folder = tmp_path_factory.mktemp("loras")
     dit = load_dit(model.dit, dtype=torch.float32)
-    network = LoRANetwork.create(dit, rank=4, alpha=2.0, seed=3)
+    network = AdapterNetwork.create(dit, rank=4, alpha=2.0, seed=3)
     torch.manual_seed(0)
     with torch.no_grad():
         for _, adapter in network.adapters():
@@ -49,6 +66,7 @@ def files(tmp_path_factory, model):
     save_lora(paths["kohya"], network.state())
     for form in FORMS[1:]:
         convert(paths["kohya"], paths[form], to=form)
+    paths["folder"] = peft_folder(folder / "peft", network)
     state = {}
     for number, (planned, _) in enumerate(network.adapters()):
         own = module(("loha", "lokr")[number % 2], planned.out_features, planned.in_features)
@@ -63,7 +81,7 @@ def pixels(path):
 
 def test_a_picture_is_the_same_with_a_file_of_any_form(hyimg, files, tmp_path):
     pictures = {}
-    for form in ("base", *FORMS, "lycoris", "merged"):
+    for form in ("base", *FORMS, "folder", "lycoris", "merged"):
         path = tmp_path / f"{form}.png"
         loras = [] if form == "base" else ["--lora_weight", files.get(form, tmp_path / "merged.safetensors")]
         if form == "merged":
@@ -76,7 +94,7 @@ def test_a_picture_is_the_same_with_a_file_of_any_form(hyimg, files, tmp_path):
         )
         assert code == 0, err
         pictures[form] = pixels(path)
-    for form in FORMS[1:]:
+    for form in (*FORMS[1:], "folder"):
         assert np.abs(pictures[form] - pictures["kohya"]).max() <= 1
     assert np.abs(pictures["kohya"] - pictures["base"]).max() > 20
     assert np.abs(pictures["lycoris"] - pictures["base"]).max() > 20
@@ -88,11 +106,52 @@ def test_lycoris_is_accepted_and_changes_nothing(hyimg, files, tmp_path):
     for name, extra in (("plain", []), ("flag", ["--lycoris"])):
         code, _, err = hyimg(*arguments, "--save_path", tmp_path / f"{name}.png", *extra)
         assert code == 0, err
-    assert "recognised by themselves" in err
+    assert "detected automatically" in err
     assert np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "flag.png"))
 
 
-@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_of_peft_is_taken_by_every_command(hyimg, files, tmp_path):
+    folder, expected = files["folder"], dict(read_adapters(files["kohya"]))
+    weights, out = folder / "adapter_model.safetensors", tmp_path / "out.safetensors"
+    for command in (
+        ["convert-comfy", folder, out, "--to", "kohya"],
+        ["convert-comfy", weights, out, "--to", "kohya", "--overwrite"],
+        ["merge", folder, weights, "--weights", "0.5", "0.5", "--output", out, "--overwrite"],
+    ):
+        code, _, err = hyimg(*command)
+        assert code == 0, err
+        assert "warning" not in err
+        for name, update in read_adapters(out):
+            theirs = expected[name].delta_rows(slice(None))
+            torch.testing.assert_close(update.delta_rows(slice(None)), theirs, rtol=1e-5, atol=1e-6)
+    code, shown, _ = hyimg("check", folder, "--json")
+    assert code == 0
+    found = json.loads(shown)
+    assert found["all"]["alphas"] == {"2": len(expected)}
+    sheet = SheetOptions(sample_prompts=Path("p"), output_dir=Path("o"), lora_weight=(folder, weights))
+    assert _lora_files(sheet, SilentReporter()).lora_weight == (folder, weights), "no run folder"
+
+
+def test_a_strength_that_no_file_says_is_a_warning_of_every_command(hyimg, files, cached_dataset, tmp_path):
+    folder = shutil.copytree(files["folder"], tmp_path / "peft")
+    (folder / "adapter_config.json").unlink()
+    picture = ["--prompt", "x", "--seed", "1", "--save_path", tmp_path / "x.png"]
+    train = ["train", "--dit", "{dit}", "--dataset_config", cached_dataset, "--output_config"]
+    train += ["--output_dir", tmp_path / "run"]
+    for command in (
+        ["check", folder],
+        ["convert-comfy", folder, tmp_path / "out.safetensors"],
+        ["merge", folder, files["kohya"], "-o", tmp_path / "both.safetensors"],
+        ["infer", *MODELS, *QUICK, *picture, "--lora_weight", folder],
+        [*train, "--network_weights", folder, "--dim_from_weights"],
+        [*train, "--base_weights", folder, folder],
+    ):
+        code, _, err = hyimg(*command)
+        assert code == 0, err
+        assert err.count("there is no `adapter_config.json`") == 1, command
+
+
+@pytest.mark.parametrize("form", [*FORMS, "folder"])
 def test_training_starts_from_a_file_of_any_form(hyimg, files, cached_dataset, tmp_path, form):
     train = ["train", "--dit", "{dit}", "--dataset_config", cached_dataset, "--max_train_steps", "1"]
     train += [
@@ -109,14 +168,13 @@ def test_training_starts_from_a_file_of_any_form(hyimg, files, cached_dataset, t
     code, _, err = hyimg(*train, "--network_weights", files[form], "--output_dir", tmp_path / "run")
     assert code == 0, err
     ours, theirs = (
-        {update.name: update for update in read_updates(path)}
-        for path in (tmp_path / "run" / "lora.safetensors", files["kohya"])
+        dict(read_adapters(path)) for path in (tmp_path / "run" / "lora.safetensors", files["kohya"])
     )
     assert ours.keys() == theirs.keys()
     for name, update in ours.items():
         assert update.rank == 4
         torch.testing.assert_close(
-            update.rows(slice(None)), theirs[name].rows(slice(None)), rtol=1e-5, atol=1e-6
+            update.delta_rows(slice(None)), theirs[name].delta_rows(slice(None)), rtol=1e-5, atol=1e-6
         )
 
 
@@ -139,14 +197,16 @@ def test_merging_is_told_and_what_a_smaller_rank_costs(hyimg, files, tmp_path):
     assert code == 0, err
     assert "32 modules, 0.7 * " in err
     assert "relative error" not in err
-    expected = {update.name: update.rows(slice(None)) for update in read_updates(files["kohya"])}
-    for update in read_updates(out):
+    expected = {name: update.delta() for name, update in read_adapters(files["kohya"])}
+    for name, update in read_adapters(out):
         assert update.rank >= 8, "ranks add up"
-        torch.testing.assert_close(update.rows(slice(None)), expected[update.name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(update.delta_rows(slice(None)), expected[name], rtol=1e-5, atol=1e-6)
     code, _, err = hyimg("merge", *pair, "--weights", "2", "--output", out, "--max_rank", "2", "--overwrite")
     assert code == 0, err
+    assert f"`--weights` has 1 value for 2 LoRA files: 1 for `{pair[1]}`" in err
+    assert f"2 * {pair[0]} + 1 * {pair[1]}" in err
     assert "rank reduced in 32 adapters: relative error 0." in err
-    assert {update.rank for update in read_updates(out)} == {2}
+    assert {update.rank for _, update in read_adapters(out)} == {2}
 
 
 def test_wrong_merges_leave_everything_as_it_was(hyimg, files, tmp_path, golden):
@@ -157,7 +217,7 @@ def test_wrong_merges_leave_everything_as_it_was(hyimg, files, tmp_path, golden)
         ([one, "-o", out], "nothing to merge"),
         ([one, two, "--weights", "1", "2", "3", "-o", out], "3 values of `--weights` for 2 LoRA files"),
         ([one, two, "-o", there], "exists"),
-        ([one, two, "--weights", "1e300", "1", "-o", out], "which F32 does not hold"),
+        ([one, two, "--weights", "1e300", "1", "-o", out], "which F32 cannot hold"),
         ([one, two, "-o", one, "--overwrite"], "is the source file itself"),
         ([one, two], "`--output` is required"),
         (["-o", out], "`LORAS` is required"),
@@ -222,7 +282,7 @@ def test_check_counts_kinds_and_finds_what_does_nothing(hyimg, files, tmp_path):
     assert found["zero"] == ["single_blocks.1.linear2"]
     assert found["unmapped"] == ["lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha"]
     assert "warning: 1 tensor of" in err
-    norms = {update.name: update.norm() for update in read_updates(files["lycoris"])}
+    norms = {name: update.double().update_norm().item() for name, update in read_adapters(files["lycoris"])}
     del norms["single_blocks.1.linear2"]
     assert found["all"]["norm"] == pytest.approx(sum(norm**2 for norm in norms.values()) ** 0.5)
 
@@ -248,6 +308,7 @@ def wrong(tmp_path, files, golden):
         f"{foreign}.lora_up.weight": torch.zeros(4, 2),
     }
     save_file(halves, folder / "sdxl.safetensors")
+    save_file({"lora_unet_single_blocks_0_linear1.diff": torch.zeros(4, 4)}, folder / "full.safetensors")
     state = load_file(files["kohya"])
     state["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"][0, 0] = torch.nan
     save_file(state, folder / "nan.safetensors")
@@ -259,6 +320,7 @@ def wrong(tmp_path, files, golden):
         "empty.safetensors": "has only 0 bytes",
         "nothing.safetensors": "holds no tensors",
         "sdxl.safetensors": "but of Stable Diffusion XL",
+        "full.safetensors": "is not a LoRA but full weights (LyCORIS's `full`)",
         ".": "is a folder",
         "nan.safetensors": "NaN",
     }, folder
@@ -271,6 +333,7 @@ def test_wrong_files_are_one_sentence_and_leave_nothing(hyimg, files, wrong, tmp
     for name, words in cases.items():
         path = folder / name
         commands = [
+            ["convert-comfy", path, out],
             ["convert-comfy", path, out, "--max_rank", "2"],
             ["merge", files["kohya"], path, "-o", out],
             ["infer", *MODELS, *QUICK, *picture, "--lora_weight", path],
@@ -323,7 +386,7 @@ def test_an_alpha_is_one_number_however_it_is_written(hyimg, files, tmp_path):
     for command in (["check", lora], ["convert-comfy", lora, tmp_path / "out.safetensors"]):
         code, _, err = hyimg(*command)
         assert code == 2
-        assert f"`{alpha}` in `{lora}` has the shape [2], and an alpha is one number" in err
+        assert f"`{alpha}` in `{lora}` has the shape [2], but an alpha is one number" in err
     assert not (tmp_path / "out.safetensors").exists()
 
 

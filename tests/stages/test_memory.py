@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hyimg.cli.app import run
-from hyimg.config.commands import MakeTinyModelConfig
 from hyimg.config.load import make
+from hyimg.config.tools import MakeTinyModelConfig
 from hyimg.report import SilentReporter
 from hyimg.stages.make_tiny_model import ModelFolder, make_tiny_model
-from hyimg.training.step_metrics import COST_FIELDS
+from hyimg.training.metrics import COST_FIELDS
 
 # Of the deep tiny model, as of 2.1 itself
 MOST_BLOCKS = 37
@@ -32,12 +32,12 @@ def deep(tmp_path_factory) -> ModelFolder:
 
 @pytest.fixture
 def train(hyimg, deep, cached_dataset, tmp_path):
-    """Trains the deep model for two steps into a fresh folder; gives (metrics, tensors, stderr)."""
+    """Trains the deep model, or another, for two steps into a fresh folder; gives (metrics, tensors, stderr)."""
     runs = iter(range(100))
 
-    def call(*extra, precision="no", code=0):
+    def call(*extra, dit=deep.dit, precision="no", code=0):
         folder = tmp_path / f"run{next(runs)}"
-        arguments = ["train", "--dit", deep.dit, "--dataset_config", cached_dataset, "--output_dir", folder]
+        arguments = ["train", "--dit", dit, "--dataset_config", cached_dataset, "--output_dir", folder]
         arguments += (
             "--max_train_steps 2 --seed 7 --network_dim 4 --network_alpha 4 --learning_rate 1e-2".split()
         )
@@ -62,13 +62,15 @@ def same(first, second) -> bool:
 
 
 STREAMED = ["--blocks_to_swap", MOST_BLOCKS]
+# Products in bf16 take many times as long where a processor only emulates them: six blocks instead of sixty
+SMALL = {"dit": "{dit}", "precision": "bf16"}
 
 
 @pytest.mark.parametrize(
-    ("precision", "variants"),
+    ("run", "variants"),
     [
         (
-            "no",
+            {},
             [
                 STREAMED,
                 [*STREAMED, "--gradient_checkpointing"],
@@ -76,25 +78,26 @@ STREAMED = ["--blocks_to_swap", MOST_BLOCKS]
                 ["--cpu_offload_checkpointing", "--split_attn"],
             ],
         ),
-        ("bf16", [["--blocks_to_swap", "9", "--gradient_checkpointing"]]),
+        (SMALL, [["--blocks_to_swap", "1", "--gradient_checkpointing"]]),
     ],
+    ids=["no", "bf16"],
 )
-def test_streaming_and_recomputation_change_no_bit_of_a_run(train, precision, variants):
-    metrics, lora, _ = train(precision=precision)
+def test_streaming_and_recomputation_change_no_bit_of_a_run(train, run, variants):
+    metrics, lora, _ = train(**run)
     for options in variants:
-        other_metrics, other_lora, _ = train(*options, precision=precision)
+        other_metrics, other_lora, _ = train(*options, **run)
         assert other_metrics == metrics, options
         assert same(other_lora, lora), options
 
 
 def test_fp8_is_near_and_streaming_it_changes_no_bit(train):
-    plain, plain_lora, _ = train(precision="bf16")
-    metrics, lora, err = train("--fp8_scaled", precision="bf16")
+    plain, plain_lora, _ = train(**SMALL)
+    metrics, lora, err = train("--fp8_scaled", **SMALL)
     assert "relative error" in err
     losses, plain_losses = ([line["loss"] for line in lines] for lines in (metrics, plain))
     assert losses == pytest.approx(plain_losses, rel=0.02)
     assert not same(lora, plain_lora), "the weights are quantised"
-    streamed, streamed_lora, _ = train("--fp8_scaled", *STREAMED, precision="bf16")
+    streamed, streamed_lora, _ = train("--fp8_scaled", "--blocks_to_swap", "1", **SMALL)
     assert streamed == metrics
     assert same(streamed_lora, lora)
 
@@ -165,3 +168,34 @@ def test_an_fp8_file_takes_no_fp8_scaled(train, deep, cached_dataset, tmp_path):
     assert run([str(a) for a in [*common, "--output_dir", tmp_path / "run"]]) == 0
     assert run([str(a) for a in [*common, "--output_dir", tmp_path / "other", "--fp8_scaled"]]) == 2
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("command", ["infer", "infer a file", "sample", "train"])
+def test_a_picture_that_no_memory_holds_is_refused_before_a_weight_is_read(
+    hyimg, cached_dataset, tmp_path, monkeypatch, command
+):
+    def load(*arguments, **options):
+        raise AssertionError("a model was loaded")
+
+    plan = "hyimg.rendering.render_plan"
+    for name in ("hyimg.memory.dit_loader.load_dit", f"{plan}.load_vae", f"{plan}.encode_prompts"):
+        monkeypatch.setattr(name, load)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 3200000000 --h 3200000000\n", encoding="utf-8")
+    models = ["--dit", "{dit}", "--vae", "{vae}"]
+    encoders = ["--text_encoder", "{text_encoder}", "--byt5", "{byt5}"]
+    size = ["--image_size", 3_200_000_000, 3_200_000_000]
+    code, _, err = hyimg(
+        *{
+            "infer": ["infer", *models, *encoders, "--prompt", "a cat", *size],
+            "infer a file": ["infer", *models, *encoders, "--from_file", prompts],
+            "sample": ["sample", *models, *encoders, "--prompts", prompts],
+            "train": ["train", *models, "--dataset_config", cached_dataset, "--sample_prompts", prompts],
+        }[command],
+        *("--save_path" if "infer" in command else "--output_dir", tmp_path / "out"),
+        *(["--max_train_steps", "1"] if command == "train" else []),
+    )
+    assert code == 2, err
+    assert "an image of 3200000000x3200000000 (width x height) needs at least" in err
+    assert "could fit" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt"]

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from hyimg.checkpoints.architecture import DIT_TINY, VAE_TINY
+from hyimg.checkpoints.names import dit_key_map, vae_key_map
 from hyimg.cli.app import run
 from hyimg.encoders.tiny import TINY_BYT5, TINY_QWEN
-from hyimg.model.architecture import DIT_TINY, VAE_TINY
-from hyimg.model.keys import dit_key_map, vae_key_map
 from hyimg.stages.make_tiny_model import ModelFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -234,7 +234,7 @@ def test_every_form_renders_the_same_picture(hyimg, model, forms, own_picture, t
     if form == "pipeline":
         for option, part in (("dit", "transformer"), ("byt5", "text_encoder_2"), ("vae", "vae")):
             assert f"note: `--{option}`: `{forms[form][option]}` is a diffusers pipeline" in err
-            assert f"of which `{part}` is read" in err
+            assert f"is a diffusers pipeline; its `{part}` is read" in err
 
 
 def test_other_weights_in_any_of_the_files_render_another_picture(hyimg, model, own_picture, tmp_path):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import tomli
 import torch
-from safetensors.torch import load_file
+from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file, save_file
 
-from hyimg.training.step_metrics import COST_FIELDS
+from hyimg.training.metrics import COST_FIELDS
 
 EXAMPLES = Path(__file__).parents[2] / "plugins" / "examples"
 SHORT = "--max_train_steps 3 --seed 1 --mixed_precision no --save_precision float".split()
@@ -61,7 +63,7 @@ def shout(tmp_path):
 def test_a_transform_goes_through_report_cache_and_training(hyimg, train, own_dataset, fill, shout):
     code, err, _ = train(own_dataset, *shout)
     assert code == 2, "the captions are cached as they are"
-    assert "no text cache for the prompt `a red square!` (and 4 more)" in err
+    assert "no text cache for the prompt `a red square!`, the prompt" in err
     assert f"--caption_transform shout --plugin {shout[1]}" in err
     code, out, err = hyimg("dataset", own_dataset, "--json", *shout)
     assert code == 0, err
@@ -82,12 +84,12 @@ def test_a_transform_goes_through_report_cache_and_training(hyimg, train, own_da
     resume = ["--resume", folder / "lora-state", "--max_train_steps", "4"]
     code, err, _ = train(own_dataset, *resume)
     assert code == 2
-    assert "captions of the dataset are others" in err
+    assert "captions of the dataset have changed" in err
     code, err, _ = train(own_dataset, *resume, *shout)
     assert code == 0, err
     code, err, _ = train(own_dataset, *shout, "--caption_transform_args", "mark=?")
     assert code == 2
-    assert "no text cache for the prompt `a red square?` (and 4 more)" in err
+    assert "no text cache for the prompt `a red square?`, the prompt" in err
 
 
 def test_pruning_keeps_what_the_transform_made_and_no_more(hyimg, own_dataset, fill, shout, entries):
@@ -111,11 +113,11 @@ def test_pruning_keeps_what_the_transform_made_and_no_more(hyimg, own_dataset, f
 # ---- a network
 
 
-def test_samples_show_a_plugins_network_as_it_learns(train, own_dataset, monkeypatch, tmp_path, model):
-    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "hyimg-lycoris"))
+def test_samples_show_a_plugins_network_as_it_learns(train, own_dataset, tmp_path, model):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 2 --l 1", encoding="utf-8")
-    options = ["--plugin", "hyimg_lycoris", "--network_module", "loha", "--learning_rate", "0.5"]
+    plugin = EXAMPLES.parent / "hyimg-vera" / "hyimg_vera.py"
+    options = ["--plugin", plugin, "--network_module", "vera", "--learning_rate", "5"]
     options += ["--vae", model.vae, "--sample_prompts", prompts, "--sample_at_first"]
     code, err, folder = train(own_dataset, *options, "--sample_every_n_steps", "3")
     assert code == 0, err
@@ -140,15 +142,15 @@ def test_a_file_gives_a_timestep_sampling_whose_arguments_reach_it(train, cached
     assert metrics(high)[0]["loss"] != pytest.approx(metrics(plain)[0]["loss"], rel=1e-4)
     assert tomli.loads((high / "lora.run.toml").read_text(encoding="utf-8"))[option[2:]] == ["a=9"]
     for pair, words in (
-        ("a=low", "`kumaraswamy` takes a number for `a`, got `low`"),
-        ("c=1", "`kumaraswamy` takes no argument `c`"),
+        ("a=low", "must be a number, got `low`"),
+        ("c=1", "unknown argument `c` of `kumaraswamy`"),
     ):
         code, err, _ = train(cached_dataset, *plugin, option, pair)
         assert code == 2
         assert words in err
     code, err, _ = train(cached_dataset, option, "a=1")
     assert code == 2
-    assert "`sigma` takes no argument `a`" in err
+    assert "unknown argument `a` of `sigma`" in err
 
 
 def test_a_file_gives_an_optimiser_that_resumes_to_the_bit(train, cached_dataset):
@@ -187,11 +189,21 @@ LOSS += "@hookimpl\ndef hyimg_losses():\n    return {{'mine': mine}}\n"
 @pytest.mark.parametrize(
     ("body", "flags", "code", "words"),
     [
-        ("return (prediction - target).square().mean()", [], 1, "the loss gave [] for 2 images"),
-        ("return prediction.detach().flatten(1).mean(1)", [], 1, "not one differentiable value for each"),
+        (
+            "return (prediction - target).square().mean()",
+            [],
+            1,
+            "the loss returned float32 of shape (), not a float tensor of shape (2,)",
+        ),
+        (
+            "return prediction.detach().flatten(1).mean(1)",
+            [],
+            1,
+            "the loss returned a value without a gradient",
+        ),
         ("return gain.nothing", [], 1, "the loss failed: AttributeError"),
-        ("return 1", ["--loss_args", "gain=much"], 2, "`mine` takes a number for `gain`, got `much`"),
-        ("return 1", ["--loss_args", "gian=1"], 2, "`mine` takes no argument `gian`"),
+        ("return 1", ["--loss_args", "gain=much"], 2, "must be a number, got `much`"),
+        ("return 1", ["--loss_args", "gian=1"], 2, "unknown argument `gian` of `mine`"),
     ],
 )
 def test_a_loss_that_does_wrong_is_told_in_a_sentence(
@@ -209,3 +221,98 @@ def test_a_module_that_is_not_there_is_an_error(train, cached_dataset):
     code, err, _ = train(cached_dataset, "--plugin", "no_such_module")
     assert code == 2
     assert "the plugin `no_such_module` (no_such_module) cannot be imported: ModuleNotFoundError" in err
+
+
+# ---- code is named by a command line or its run file, never by data
+
+
+@pytest.fixture
+def evil(tmp_path, monkeypatch):
+    """A module that can be imported by its name, by its file and from the working folder; data in the same folder."""
+    (tmp_path / "evil.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("evil", None)
+
+
+def by_dataset_file(folder, dataset, trained):
+    (folder / "data.toml").write_text('plugin = ["evil.py"]\n' + dataset.read_text())
+    return ["dataset", folder / "data.toml"], "`plugin`"
+
+
+def by_transform_in_a_dataset_file(folder, dataset, trained):
+    named = 'caption_transform = ["evil:run"]\n  image_dir'
+    (folder / "data.toml").write_text(dataset.read_text().replace("image_dir", named))
+    return ["dataset", folder / "data.toml"], "caption_transform"
+
+
+def by_lora_metadata(folder, dataset, trained):
+    tensors = load_file(trained / "lora.safetensors")
+    keys = ("network_module", "optimizer", "lr_scheduler", "caption_transform", "loss_type", "plugin")
+    save_file(tensors, folder / "lora.safetensors", {f"ss_{key}": "evil.run" for key in keys})
+    return ["check", folder / "lora.safetensors"], None
+
+
+def by_peft_config(folder, dataset, trained):
+    shutil.copy(trained / "lora.safetensors", folder / "adapter_model.safetensors")
+    names = {"base_model_class": "run", "parent_library": "evil"}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "auto_mapping": names, "plugin": "evil.py"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return ["check", folder], None
+
+
+def by_picture(folder, dataset, trained):
+    settings = {"prompt": "a cat", "plugin": ["evil.py"], "sampler": "evil.run", "fingerprints": {}}
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("hyimg", json.dumps(settings))
+    Image.new("RGB", (32, 32)).save(folder / "cat.png", pnginfo=info)
+    models = ["--dit", "{dit}", "--text_encoder", "{text_encoder}", "--byt5", "{byt5}", "--vae", "{vae}"]
+    return [
+        "infer",
+        *models,
+        "--from_image",
+        folder / "cat.png",
+        "--save_path",
+        folder / "out.png",
+    ], "evil.run"
+
+
+def by_prompt_file(folder, dataset, trained):
+    (folder / "prompts.txt").write_text("a cat --ss evil.run")
+    models = ["--dit", "{dit}", "--vae", "{vae}", "--output_dir", folder / "sheet"]
+    return ["sample", *models, "--prompts", folder / "prompts.txt"], "evil.run"
+
+
+def by_run_folder(folder, dataset, trained):
+    shutil.copytree(trained, folder / "run")
+    for name in ("lora.toml", "run.toml", "config.toml"):
+        (folder / "run" / name).write_text('plugin = ["evil.py"]\noptimizer_type = "evil.run"\n')
+    (folder / "prompts.txt").write_text("a cat")
+    models = ["--dit", "{dit}", "--vae", "{vae}", "--output_dir", folder / "sheet"]
+    return ["sample", *models, "--prompts", folder / "prompts.txt", "--run", folder / "run"], "embeddings"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        *(by_dataset_file, by_transform_in_a_dataset_file, by_lora_metadata, by_peft_config, by_picture),
+        *(by_prompt_file, by_run_folder),
+    ],
+    ids=lambda write: write.__name__,
+)
+def test_code_that_data_name_is_not_imported(evil, hyimg, cached_dataset, trained, write):
+    arguments, refused = write(evil, cached_dataset, trained)
+    code, _, err = hyimg(*arguments)
+    if refused is not None:
+        assert (code, refused in err) == (2, True), err
+    assert not (evil / "ran").exists()
+    assert "evil" not in sys.modules
+
+
+def test_code_that_a_run_file_names_is_imported_and_said(evil, hyimg):
+    (evil / "run.toml").write_text('plugin = ["evil.py"]\n')
+    code, _, err = hyimg("plugins", "--config", evil / "run.toml")
+    assert code == 0
+    assert f"note: `{evil / 'run.toml'}` makes this command import code: `evil.py` (`plugin`)" in err
+    assert (evil / "ran").exists()

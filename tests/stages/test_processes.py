@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from hyimg.cli.app import run
 from hyimg.config.commands import CacheTextConfig
 from hyimg.config.load import make
+from hyimg.distributed.processes import Processes, Tally
 from hyimg.errors import HyimgError
-from hyimg.memory.processes import Processes, Tally
 from hyimg.report import SilentReporter
 
 STAGES = ["latents", "text"]
@@ -32,7 +34,8 @@ LAUNCHERS = {
 
 def start(launcher: str, arguments: list[str], **options) -> subprocess.Popen[str]:
     more = ["--num_processes", "2"] if launcher == "num_processes" else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    threads = str(torch.get_num_threads())  # the same bits as in this process need as many
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen(
         [*LAUNCHERS[launcher], *arguments, *more],
         stderr=subprocess.PIPE,
@@ -72,6 +75,8 @@ def test_two_processes_share_the_work_and_finish_one_complete_cache(
     num_entries = len(contents(cold, stage))
     told = f"latents: {num_entries} made" if stage == "latents" else f"text: {num_entries} prompts made"
     assert err.count(told) == 1
+    if stage == "latents":
+        assert f"cache latents: {num_entries}/{num_entries} " in err, "the progress is that of both"
     assert f"all {num_entries}" in hyimg(*fill(stage, cold))[2]
 
 
@@ -103,7 +108,7 @@ def test_each_process_makes_its_half(monkeypatch, hyimg, fill, cold, cached_data
     assert len(made) == (len(right) + 1) // 2
 
 
-@pytest.mark.parametrize("launcher", ["num_processes", "torchrun"])
+@pytest.mark.parametrize("launcher", ["num_processes", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_an_error_of_input_is_told_once(fill, cold, launcher):
     (cold.parent / "images" / "3.png").write_bytes(b"no image")
     process = start(launcher, fill("latents", cold, "--device", "cpu"))
@@ -184,6 +189,7 @@ def test_when_one_is_killed_all_end(fill, cold, victim):
     stages: list[int] = []
     while len(stages) < 2 and time.monotonic() < deadline and process.poll() is None:
         stages = [pid for pid in children(process.pid) if is_stage(pid)]
+        time.sleep(0.02)
     assert len(stages) == 2
     os.kill(process.pid if victim == "the parent" else stages[1], signal.SIGKILL)
     _, err = process.communicate(timeout=120)
@@ -200,7 +206,7 @@ def test_another_number_than_the_launchers_is_refused(monkeypatch, model, cached
 
     monkeypatch.setattr(Processes, "current", lambda: Processes(0, 4, 0))
     options = {"dataset_config": cached_dataset, "text_encoder": model.text_encoder, "byt5": model.byt5}
-    with pytest.raises(HyimgError, match="the launcher has started 4"):
+    with pytest.raises(HyimgError, match="the launcher started 4"):
         cache_text(make(CacheTextConfig, {**options, "num_processes": 2}), SilentReporter())
 
 
@@ -208,6 +214,26 @@ def test_a_world_size_without_a_launcher_is_answered(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with pytest.raises(HyimgError, match="no launcher started this process"):
         Processes(0, 2, 0).wait()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("RANK", "first", "the environment variable `RANK` is `first`, not an integer"),
+        ("WORLD_SIZE", "9" * 5000, "`WORLD_SIZE` is `9999"),
+        ("LOCAL_RANK", "-1", "`LOCAL_RANK` is `-1`"),
+        ("RANK", "3", "`RANK` is 3 and `WORLD_SIZE` is 1"),
+    ],
+)
+def test_wrong_variables_of_a_launcher_are_one_error(name, value, words, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    Processes.current.cache_clear()
+    assert run(["inspect-modules", "--arch", "tiny"]) == 2
+    Processes.current.cache_clear()
+    err = capsys.readouterr().err
+    assert words in err
+    assert "Traceback" not in err
+    assert len(err) < 400
 
 
 SLOW_STAGE = """
@@ -224,7 +250,7 @@ def stage(config, report):
 """
 STARTER = """
 import sys
-from hyimg.memory.launch import launch
+from hyimg.distributed.launch import launch
 from hyimg.report import SilentReporter
 from slow import stage
 
@@ -259,7 +285,7 @@ def test_a_ctrl_c_that_comes_while_the_processes_start_is_not_lost(tmp_path):
 RESTARTED = """
 import os, sys, time
 from pathlib import Path
-from hyimg.memory.processes import Processes
+from hyimg.distributed.processes import Processes
 
 processes, attempt = Processes.current(), os.environ["TORCHELASTIC_RESTART_COUNT"]
 if processes.is_main and attempt == "1":

@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from hyimg.config.picture import read_settings
+from hyimg.config.image_file import read_settings
 from hyimg.model.dit import DiT
 from hyimg.stages import sample as stage
 
@@ -107,7 +107,7 @@ def test_other_settings_are_rendered_again_and_never_mixed_in(sample, renders, t
     said = sample("--lora_weight", lora)
     assert renders() == 4 + 2
     assert "2 images kept" in said
-    assert "rendered again: 001-cat.png and 1 more, made with other `loras`" in said
+    assert "rendered again: 001-cat.png, 002-cat.png, made with other `loras`" in said
     after = files(tmp_path / "out")
     assert {name for name in before if before[name] != after[name]} == {
         "001-cat.png",
@@ -118,6 +118,16 @@ def test_other_settings_are_rendered_again_and_never_mixed_in(sample, renders, t
     assert "made with other `infer_steps`" in said
     steps = {read_settings(path)["infer_steps"] for path in (tmp_path / "out").glob("00*.png")}
     assert steps == {1}
+
+
+def test_a_picture_that_is_cut_short_is_rendered_again(sample, renders, tmp_path):
+    sample()
+    picture = tmp_path / "out" / "002-base.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[: len(whole) * 2 // 3])
+    assert "1 image kept" in sample()
+    assert renders() == 2 + 1
+    assert picture.read_bytes() == whole
 
 
 def test_a_picture_of_somebody_else_is_not_replaced(sample, tmp_path):
@@ -151,6 +161,15 @@ def test_loras_of_one_name_are_told_apart(sample, trained, tmp_path):
     assert (tmp_path / "out" / "001-dog-lora.png").exists()
     sample("--lora_weight", lora, lora, "--lora_multiplier", "0.5", "1")
     assert (tmp_path / "out" / "001-lora@0.5.png").exists()
+    said = sample("--lora_weight", lora, lora, "--lora_multiplier", "0.25")
+    assert f"`--lora_multiplier` has 1 value for 2 LoRA files: 1 for `{lora}`" in said
+    assert (tmp_path / "out" / "001-lora@0.25.png").exists()
+    # a folder's multiplier is that of all its checkpoints
+    said = sample("--run", trained, "--lora_multiplier", "0.125", "--output_dir", tmp_path / "run")
+    assert "1 for" not in said
+    pictures = list((tmp_path / "run").glob("001-lora*.png"))
+    assert len(pictures) > 1
+    assert {read_settings(path)["loras"][0]["multiplier"] for path in pictures} == {0.125}
     said = sample("--lora_weight", lora, lora, code=2)
     assert "two columns would be named `lora`" in said
 
@@ -169,12 +188,12 @@ def test_a_run_that_was_killed_goes_on_where_it_was(
         pass
 
     def after(count, function):
-        def call(*arguments):
+        def call(*arguments, **options):
             nonlocal count
             count -= 1
             if count < 0:
                 raise KilledError
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return call
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hyimg.model.loading import check_dit, check_vae
+from hyimg.checkpoints.header_check import open_dit
+from hyimg.model.loading import check_vae
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 
@@ -178,7 +179,7 @@ def test_full_depth_has_the_real_number_of_blocks(hyimg, tmp_path):
     code, _, err = hyimg("make-tiny-model", tmp_path / "full", "--depth", "full")
     assert code == 0, err
     dit, _, _, vae = sorted((tmp_path / "full").glob("*.safetensors"), key=lambda p: "vae" in p.name)
-    arch = check_dit(tmp_path / "full" / "hunyuanimage2.1.safetensors")
+    arch = open_dit(tmp_path / "full" / "hunyuanimage2.1.safetensors").arch
     assert (arch.num_double, arch.num_single) == (20, 40)
     assert check_vae(vae).latent_channels == arch.latent_channels
     assert (tmp_path / "full" / "tokenizer.json").is_file()
@@ -253,10 +254,10 @@ MARK = "from hyimg.hookspecs import hookimpl\n@hookimpl\n"
     ("text", "words"),
     [
         ("import nothing_of_this_name", ["cannot be imported: ModuleNotFoundError", "bad.py"]),
-        (MARK + "def hyimg_loses(): return {}", ["`hyimg_loses`, which is no hook", "hyimg_losses"]),
+        (MARK + "def hyimg_loses(): return {}", ["`hyimg_loses`, which is not a hook", "hyimg_losses"]),
         (
             MARK + "def hyimg_losses(): return {'L2': print}",
-            ["gives `L2`", "`hyimg.flow.builtins` has already"],
+            ["provides `L2`", "`hyimg.plugins.builtins` already has"],
         ),
         (MARK + "def hyimg_losses(): return ['l3']", ["the plugin `bad`", "bad.py", "hook `hyimg_losses`"]),
     ],

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import tomli
@@ -10,9 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hyimg.cache import identity
-from hyimg.model.safetensors_file import Checkpoint, read_header
-from hyimg.training.step_metrics import COST_FIELDS
+from hyimg.cache import hashing
+from hyimg.checkpoints.safetensors_file import Checkpoint, read_header
+from hyimg.training.metrics import COST_FIELDS
 
 
 def metrics(folder, name="lora"):
@@ -59,7 +63,7 @@ def test_the_file_is_the_reference_tools_with_its_metadata(trained):
     }
     assert len(header.tensors) == 3 * 32
     metadata = header.metadata
-    assert metadata["ss_network_module"] == "lora"
+    assert metadata["ss_network_module"] == "networks.lora_hunyuan_image"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "4.0")
     assert (metadata["ss_steps"], metadata["ss_epoch"], metadata["ss_seed"]) == ("8", "2", "7")
     assert json.loads(metadata["ss_tag_frequency"])["images"]["a cat"] == 1
@@ -91,6 +95,7 @@ def test_the_run_file_repeats_the_run(trained, train, hyimg, tmp_path):
     code, _, err = hyimg("train", "--config", trained / "lora.run.toml", "--output_dir", folder)
     assert code == 0, err
     assert metrics(folder) == metrics(trained)
+    assert "has no effect" not in err, "nobody gave the defaults that the file lists"
 
 
 def test_a_drawn_seed_is_written_and_repeats_the_run(hyimg, cached_dataset, tmp_path):
@@ -104,7 +109,7 @@ def test_a_drawn_seed_is_written_and_repeats_the_run(hyimg, cached_dataset, tmp_
     assert hyimg("train", "--config", run_file)[0] == 2, "repeated in place it would replace itself"
 
 
-def test_output_config_writes_the_options_and_trains_nothing(hyimg, cached_dataset, tmp_path):
+def test_output_config_writes_the_options_and_trains_nothing(hyimg, cached_dataset, tmp_path, monkeypatch):
     arguments = [
         "train",
         "--dit",
@@ -114,10 +119,19 @@ def test_output_config_writes_the_options_and_trains_nothing(hyimg, cached_datas
         "--output_dir",
         tmp_path / "out",
     ]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     code, _, err = hyimg(*arguments, "--network_dim", "12", "--output_config")
     assert code == 0, err
+    assert re.search(r"`--mixed_precision` of `hyimg train` applies \(`(bf16|no)`\)", err), (
+        "what `auto` chose"
+    )
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["lora.run.toml"]
     assert tomli.loads((tmp_path / "out" / "lora.run.toml").read_text(encoding="utf-8"))["network_dim"] == 12
+    for wrong in (["--config", tmp_path / "other.toml"], ["other.toml"]):
+        code, _, err = hyimg(*arguments, "--overwrite", "--output_config", *wrong)
+        assert (code, "other.toml" in err) == (2, True)
+        assert "`--output_config` " in err
+        assert "writes `OUTPUT_NAME.run.toml` into `--output_dir`" in err
 
 
 def test_accumulation_is_the_mean_over_the_steps_images(train):
@@ -143,7 +157,7 @@ def test_a_warm_start_reads_no_image_no_encoder_and_no_vae(train, own_dataset, m
     read = Checkpoint.read
     monkeypatch.setattr(Checkpoint, "read", listen)
     monkeypatch.setattr(Image, "open", refuse)
-    monkeypatch.setattr(identity, "_read_hash", refuse)
+    monkeypatch.setattr(hashing, "_read_hash", refuse)
     train(*options, dataset=own_dataset)
     assert weights_read == {model.dit}
 
@@ -388,4 +402,28 @@ def test_warnings_about_the_dataset_are_said_once(own_dataset, hyimg, tmp_path):
         *("--cache_latents", "--cache_text_encoder_outputs"),
     )
     assert code == 0, err
-    assert sum("warning: " in line and "0." in line for line in err.splitlines()) == 1, err
+    assert sum("several captions" in line and "`images/0.png`" in line for line in err.splitlines()) == 1, err
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a mount namespace of Linux")
+def test_data_workers_need_no_shared_memory_but_for_their_locks(model, cached_dataset, tmp_path):
+    def train_with(num_workers):
+        own_shm = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
+        command = ["unshare", "-rm", "sh", "-c", own_shm, "sh", sys.executable, "-m", "hyimg", "train"]
+        command += ["--dit", model.dit, "--dataset_config", cached_dataset, "--max_train_steps", "2"]
+        command += [
+            "--output_dir",
+            tmp_path / str(num_workers),
+            "--max_data_loader_n_workers",
+            str(num_workers),
+        ]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    assert train_with(1).returncode == 0
+    ended = train_with(8)
+    assert ended.returncode == 1
+    assert "cannot start 8 data loader processes: No space left on device in `/dev/shm`" in ended.stderr
+    assert "Traceback" not in ended.stderr

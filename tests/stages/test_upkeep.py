@@ -7,6 +7,9 @@ import shutil
 import time
 
 import pytest
+import torch
+
+from hyimg.cache.latents import LatentEntry, LatentRecipe, LatentStore
 
 STAGES = ["latents", "text"]
 
@@ -30,7 +33,7 @@ def test_verify_finds_damage_that_keeps_size_and_time_names_it_and_makes_it_agai
     assert "damaged" not in err  # nothing shows it but reading
     code, _, err = hyimg(*fill(stage, own_dataset, "--verify"))
     assert code == 0
-    assert "1 entry is damaged and made again:" in err
+    assert "1 entry is damaged and will be made again:" in err
     assert ("images/" if stage == "latents" else "prompt") in err
     assert "its checksum does not match its content" in err
     assert path.read_bytes() == right
@@ -73,12 +76,26 @@ def test_prune_keeps_the_prompts_that_are_named_with_it_and_young_entries(
     num_entries = len(entries(own_dataset, "text"))
     _, _, err = hyimg(*fill("text", own_dataset, "--prune"))
     assert "0 unused entries removed" in err
-    assert "2 unused ones stay, made in the last minutes" in err
+    assert "2 unused ones kept, made in the last minutes" in err
     age_all(own_dataset)
     hyimg(*fill("text", own_dataset, "--prune", "--sample_prompts", prompts))
     assert len(entries(own_dataset, "text")) == num_entries
     hyimg(*fill("text", own_dataset, "--prune"))
     assert len(entries(own_dataset, "text")) == num_entries - 2
+
+
+def test_prune_keeps_and_counts_the_entries_of_other_models(hyimg, fill, entries, own_dataset):
+    store = LatentStore(own_dataset.parent / "hyimg-cache" / "latents", "another VAE")
+    recipe = LatentRecipe("ab" * 32, bucket=(64, 64), resized=(64, 64), crop=(0, 0), filter="area")
+    store.write(recipe, LatentEntry(torch.zeros(1, 2, 2), torch.ones(1, 2, 2)))
+    age_all(own_dataset)
+    num_entries = len(entries(own_dataset, "latents"))
+    code, _, err = hyimg(*fill("latents", own_dataset, "--prune"))
+    assert code == 0
+    assert "latent cache: 0 unused entries removed" in err
+    assert "1 entries of another model kept" in err
+    assert f"remove `{store.entries_folder}`" in err
+    assert len(entries(own_dataset, "latents")) == num_entries
 
 
 def test_prune_removes_nothing_where_an_image_cannot_be_read(hyimg, fill, entries, own_dataset):
@@ -100,3 +117,19 @@ def test_a_wrong_dataset_file_to_keep_for_is_found_before_any_work(hyimg, fill, 
     code, _, err = hyimg(*fill("latents", own_dataset, "--keep_for", own_dataset))
     assert code == 2
     assert "`--prune` is not given" in err
+
+
+def test_latents_of_an_older_release_are_made_again_with_the_reason(
+    hyimg, fill, own_dataset, entries, monkeypatch
+):
+    for entry in entries(own_dataset, "latents"):
+        entry.unlink()
+    with monkeypatch.context() as before:
+        before.setattr(LatentStore, "key", lambda store, recipe: store.key_of(vars(recipe)))
+        assert hyimg(*fill("latents", own_dataset))[0] == 0
+    old = set(entries(own_dataset, "latents"))
+    code, _, err = hyimg(*fill("latents", own_dataset))
+    assert code == 0, err
+    assert err.count(f"{len(old)} latents are from an older release") == 1
+    assert old < set(entries(own_dataset, "latents")), "nothing is removed unasked"
+    assert "older release" not in hyimg(*fill("latents", own_dataset))[2]

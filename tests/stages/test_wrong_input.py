@@ -11,7 +11,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from hyimg.model import loading, safetensors_file
+from hyimg.checkpoints import safetensors_file
 
 RENDER = ["--text_encoder", "{text_encoder}", "--byt5", "{byt5}", "--prompt", "x", "--image_size", "64", "64"]
 
@@ -208,12 +208,12 @@ def test_a_folder_without_permission(refused, tmp_path, cached_dataset):
         (["--timestep_sampling", "sigmod"], ["did you mean `sigmoid`"]),
         (["--optimizer_type", "Adam8bit"], ["did you mean `AdamW8bit`"]),
         (["--optimizer_type", "torch.optim.Nothing"], ["`torch.optim.Nothing` cannot be imported"]),
-        (["--optimizer_args", "weight_decy=1"], ["takes no argument `weight_decy`", "weight_decay"]),
-        (["--loss_type", "huber", "--loss_args", "c=1"], ["takes no argument `c`"]),
+        (["--optimizer_args", "weight_decy=1"], ["unknown argument `weight_decy`", "weight_decay"]),
+        (["--loss_type", "huber", "--loss_args", "c=1"], ["unknown argument `c`"]),
         (["--min_timestep", "800", "--max_timestep", "200"], ["`--min_timestep` 800 is not below"]),
         (["--network_args", "network_reg_dims=(=4"], ["valid"]),
         (["--network_args", "network_reg_dims=.*=0"], ["the network is empty"]),
-        (["--network_args", "rank_dropout=1"], ["rank_dropout=1", "from 0 to below 1"]),
+        (["--network_args", "rank_dropout=1"], ["`rank_dropout` in `--network_args` must be below 1"]),
         (["--network_args", "network_reg_dims=nothing=4", "--strict_patterns"], ["nothing"]),
         (["--output_name", "a/b"], ["must be a plain name"]),
         (["--plugin", "no_such_module"], ["cannot be imported"]),
@@ -242,7 +242,7 @@ def test_wrong_training_options(extra, words, refused, tmp_path, cached_dataset)
         (["--include_patterns", "x"], ["1 value of `--include_patterns` for 0 LoRA files"]),
         (["--interactive"], ["give one of `--prompt` and `--interactive`"]),
         (["--save_merged_model", "m.safetensors"], ["`--save_merged_model` without `--lora_weight`"]),
-        (["--from_image", __file__], ["cannot be read as a picture"]),
+        (["--from_image", __file__], ["cannot be read as an image"]),
         (["--lora_mode", "fused"], ["must be one of `live`, `merge`"]),
         (["--batch_cond_uncond", "maybe"], ["must be one of `auto`, `on`, `off`"]),
     ],
@@ -284,7 +284,7 @@ def test_a_lora_with_nan_is_found_before_any_model_is_read(refused, tmp_path, tr
 def test_prompt_lines_with_bad_flags_are_told_together(refused, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 100\na dog\na sun --cfg 3\n")
-    words = ["line 1: `--w 100` is not a multiple of 32", "line 3: the flag `--cfg` is not known"]
+    words = ["line 1: `--w` must be a multiple of 32, got 100", "line 3: the flag `--cfg` is unknown"]
     models = ["--dit", "{dit}", "--vae", "{vae}", *RENDER[:4]]
     infer = ["infer", *models, "--from_file", prompts, "--save_path", tmp_path / "out"]
     refused(*infer, words=words)
@@ -320,9 +320,7 @@ def test_an_fp8_model_is_not_merged_into(refused, tmp_path, model, trained):
     save_file(state, path)
     infer = ["infer", "--dit", path, "--vae", "{vae}", *RENDER, "--save_path", tmp_path / "a.png"]
     infer += ["--lora_weight", trained / "lora.safetensors"]
-    refused(
-        *infer, "--lora_mode", "merge", words=["`--lora_mode merge`", "which is fp8", "beside fp8 weights"]
-    )
+    refused(*infer, "--lora_mode", "merge", words=["`--lora_mode merge`", "which is fp8", "on fp8 weights"])
     merged = ["--save_merged_model", tmp_path / "m.safetensors"]
     refused(*infer, *merged, words=["`--save_merged_model`", "which is fp8", "bf16"])
 
@@ -333,12 +331,16 @@ def test_a_picture_that_cannot_be_repeated(refused, tmp_path):
     infer += ["--from_image", path]
     image = Image.new("RGB", (32, 32))
     image.save(path)
-    refused(*infer, words=["plain.png` does not say how it was made"])
+    refused(*infer, words=["plain.png` has no settings to render it from"])
     for settings, words in (
-        ("[1]", ["is not a table of settings"]),
-        ('{"prompt": "x", "infer_steps": 3}', ["does not say how it was made"]),
+        ("[1]", ["must be an object, not a list"]),
+        ('{"prompt": "x", "infer_steps": 3}', ["has no settings to render it from"]),
         ('{"prompt": "x", "fingerprints": {}, "infer_steps": -1}', ["`--infer_steps` in", "plain.png"]),
         ('{"prompt": "x", "fingerprints": {}, "loras": 3}', ["are not a list of files"]),
+        (
+            '{"prompt": "x", "fingerprints": {}, "loras": [{"file": "%s"}]}' % ("a" * 300),
+            ["which is neither next to it"],
+        ),
     ):
         info = PngImagePlugin.PngInfo()
         info.add_itxt("hyimg", settings)
@@ -356,6 +358,19 @@ def test_a_session_needs_a_folder(refused, tmp_path):
     refused(*infer, words=["`--save_path` is required"])
 
 
+@pytest.mark.parametrize(
+    ("variable", "name"), [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")]
+)
+def test_accelerates_sharding_is_refused_before_anything_else_is_looked_at(
+    refused, tmp_path, monkeypatch, variable, name
+):
+    monkeypatch.setenv(variable, "true")
+    dit = tmp_path / "dit.safetensors"
+    dit.write_bytes(b"no header")
+    train = ["train", "--dit", dit, "--dataset_config", dit, "--output_dir", tmp_path / "out"]
+    refused(*train, words=[f"accelerate is configured for {name}", "--num_processes N"])
+
+
 def test_no_caches_say_which_command_to_run(refused, own_dataset, tmp_path):
     shutil.rmtree(own_dataset.parent / "hyimg-cache")
     train = ["train", "--dit", "{dit}", "--dataset_config", own_dataset, "--output_dir", tmp_path / "out"]
@@ -367,7 +382,7 @@ def test_without_the_check_of_the_caches_a_missing_entry_is_told_at_its_step(hyi
         entry.unlink()
     train = ["train", "--dit", "{dit}", "--dataset_config", own_dataset, "--output_dir", tmp_path / "out"]
     code, _, err = hyimg(*train, "--skip_cache_check")
-    assert code == 2
+    assert code == 1
     assert "1 parameter group" in err, "the run has begun"
     assert "needed for" in err
     assert "hint: run `hyimg cache-latents" in err
@@ -385,7 +400,3 @@ def test_a_damaged_cache_entry_is_made_again_and_never_used(hyimg, own_dataset, 
     _, _, err = hyimg("cache-latents", "--dataset_config", own_dataset, "--vae", "{vae}")
     assert "latents: 1 made" in err
     assert "4 kept" in err
-
-
-def test_loading_checks_before_it_reads(model):
-    assert loading.check_dit(model.dit).num_double == 2

@@ -13,17 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from hyimg.cache.identity import file_identity
+from hyimg.cache.hashing import file_identity
 from hyimg.cache.latents import LatentEntry, LatentStore
-from hyimg.cache.text import TextEntry, TextStore
-from hyimg.config.commands import MakeTinyModelConfig, TrainConfig
-from hyimg.config.dataset import DatasetOptions
+from hyimg.cache.prompt_embeddings import PromptEmbedding, TextStore
+from hyimg.checkpoints.architecture import DIT_TINY
+from hyimg.config.commands import TrainConfig
+from hyimg.config.dataset_options import DatasetOptions
 from hyimg.config.load import make
-from hyimg.data.plan import prompts_of
+from hyimg.config.tools import MakeTinyModelConfig
+from hyimg.data.caching import prompts_of
 from hyimg.data.workspace import open_workspace
 from hyimg.encoders.text import TextEncoders
 from hyimg.hookspecs import hookimpl
-from hyimg.model.architecture import DIT_TINY
 from hyimg.randomness import keyed_generator
 from hyimg.report import SilentReporter
 from hyimg.stages.make_tiny_model import ModelFolder, make_tiny_model
@@ -58,7 +59,7 @@ def fill_caches(dataset_config: Path, vae: ModelFolder, encoders: ModelFolder) -
         latents.write(sample.recipe(), LatentEntry(mean_CHW, torch.full_like(mean_CHW, 0.5)))
     for prompt in prompts_of(space.all_samples):
         text_TD = _random((3 + len(prompt), DIT_TINY.text_dim), "text", identity, prompt)
-        texts.write(prompt, TextEntry(text_TD))
+        texts.write(prompt, PromptEmbedding(text_TD))
 
 
 @pytest.fixture(scope="session")

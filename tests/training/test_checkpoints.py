@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from hyimg.errors import HyimgError
-from hyimg.training.checkpoints import run_checkpoints
+from hyimg.training.run_folder import run_checkpoints
 
 
 def write(folder: Path, *names: str, steps: dict[str, int] | None = None) -> None:

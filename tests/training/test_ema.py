@@ -93,7 +93,7 @@ def test_a_resumed_average_goes_on_bit_for_bit(tmp_path):
 
 def test_an_average_of_another_network_is_refused():
     state = AdapterEMA(torch.nn.Linear(2, 2), 0.9).state_dict()
-    with pytest.raises(HyimgError, match="of another network"):
+    with pytest.raises(HyimgError, match="a different network"):
         AdapterEMA(TwoWeights(), 0.9).load_state_dict(state)
 
 

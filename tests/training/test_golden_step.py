@@ -13,25 +13,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hyimg.config.flow import FlowMatching
-from hyimg.config.network import NetworkTraining
+from hyimg.checkpoints.architecture import DiTArch
+from hyimg.config.training import FlowMatching, NetworkTraining
+from hyimg.distributed.processes import Processes
 from hyimg.flow.losses import l2
 from hyimg.flow.timesteps import uniform
-from hyimg.lora.network import LoRANetwork
-from hyimg.memory.processes import Processes
-from hyimg.model.architecture import DiTArch
-from hyimg.model.conditioning import TextCondition
-from hyimg.model.dit import DiT
+from hyimg.lora.network import AdapterNetwork
+from hyimg.model.dit import DiT, TextCondition
 from hyimg.plugins import load_plugins
 from hyimg.report import SilentReporter
-from hyimg.training.exchange import Exchange
 from hyimg.training.loop import train_step
-from hyimg.training.nonfinite import NonFiniteGuard
-from hyimg.training.objective import NoisedBatch, Objective
+from hyimg.training.objective import NoisedBatch, Objective, OutputPreservation
 from hyimg.training.optimizers import resolve_optimizer
-from hyimg.training.preservation import Preservation
-from hyimg.training.stepping import Stepper
-from hyimg.training.steps import Epoch, Step
+from hyimg.training.stepping import NonFiniteGuard, Stepper
+from hyimg.training.steps import Step
 
 
 def part(tensors, prefix):
@@ -50,7 +45,7 @@ class Golden:
         self.dit = DiT(DiTArch.from_shapes({name: tuple(t.shape) for name, t in base.items()}))
         self.dit.load_state_dict(base)
         self.dit.requires_grad_(False)
-        self.network = LoRANetwork.create(self.dit, rank=4, alpha=2.0)
+        self.network = AdapterNetwork.create(self.dit, rank=4, alpha=2.0)
         self.network.load_state(part(self.tensors, "lora_init."))
         self.network.attach(self.dit)
         given = part(self.tensors, "in.")
@@ -75,17 +70,17 @@ class Golden:
             stepper=Stepper(make(self.network.parameter_groups(1e-3), 1e-3), max_grad_norm=max_grad_norm),
             config=SimpleNamespace(network_training=NetworkTraining()),
             seed=0,
-            preservation=Preservation(self.objective, self.network, [], lambda prompt: None),
+            preservation=OutputPreservation(self.objective, self.network, [], lambda prompt: None),
             ema=None,
             processes=Processes(),
-            exchange=Exchange(Processes(), torch.device("cpu")),
+            device=torch.device("cpu"),
             loader=SimpleNamespace(keys=lambda batch: ["first", "second"]),
         )
         losses = []
         for number in range(1, num_steps + 1):
             step = Step(number, [[0, 1]])  # one batch of two images
             batch = SimpleNamespace(network_multiplier=1.0, sample_keys=("first", "second"))
-            result = train_step(run, step, Epoch(1, [step], True), [batch])
+            result = train_step(run, step, [batch], epoch=1)
             losses.append(float(result.loss_B.mean()))
         return losses
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from hyimg import hookspecs
 from hyimg.cli.app import run as run_command
-from hyimg.config.dataset import DatasetOptions
-from hyimg.data.caption_transforms import CaptionContext, CaptionTransforms
+from hyimg.config.dataset_options import DatasetOptions
+from hyimg.data.captions import CaptionContext, CaptionTransforms
 from hyimg.plugins import load_plugins
 
 HOOKS = [name for name in dir(hookspecs) if name.startswith("hyimg_")]
@@ -102,7 +102,9 @@ def test_hyimg_networks(train, example):
 
 
 def test_hyimg_caption_transforms(example):
-    options = DatasetOptions(caption_transform=("Lower",), caption_transform_args=("keep=GO",))
+    options = DatasetOptions(
+        dataset_config=Path("x"), caption_transform=("Lower",), caption_transform_args=("keep=GO",)
+    )
     transforms = CaptionTransforms.of(options, [example])
     assert transforms("A Sign: GO", CaptionContext(Path("x.png"))) == "a sign: GO"
     assert transforms("A Sign: GO", CaptionContext(Path("x.png"), is_reg=True)) == "A Sign: GO"

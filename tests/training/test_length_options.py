@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hyimg.errors import HyimgError
-from hyimg.training.step_metrics import COST_FIELDS
+from hyimg.training.metrics import COST_FIELDS
 
 # so small that no weight's change shows in a loss: then steps can be compared whatever came before them
 STILL = {"learning_rate": 1e-30, "lr_scheduler": "linear", "lr_warmup_steps": 3}

@@ -10,16 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hyimg.config.network import NetworkTraining
+from hyimg.checkpoints.safetensors_file import read_header
+from hyimg.config.training import NetworkTraining
+from hyimg.distributed.processes import Processes
 from hyimg.errors import RunError
-from hyimg.memory.processes import Processes
-from hyimg.model.safetensors_file import read_header
 from hyimg.report import SilentReporter
-from hyimg.training.exchange import Exchange
 from hyimg.training.loop import train_step
-from hyimg.training.nonfinite import NonFiniteGuard
-from hyimg.training.stepping import Stepper
-from hyimg.training.steps import Epoch, Step
+from hyimg.training.stepping import NonFiniteGuard, Stepper
+from hyimg.training.steps import Step
 
 
 class OneParameter:
@@ -47,7 +45,7 @@ class OneParameter:
             seed=7,
             preservation=SimpleNamespace(losses=lambda batch, epoch: iter(self.preserved(batch)), terms=[]),
             processes=Processes(),
-            exchange=Exchange(Processes(), torch.device("cpu")),
+            device=torch.device("cpu"),
             loader=SimpleNamespace(keys=lambda numbers: [f"image {n:g}" for n in numbers]),
             ema=None,
         )
@@ -67,7 +65,7 @@ class OneParameter:
             for numbers, multiplier in zip(batches, multipliers, strict=True)
         ]
         step = Step(1, batches)
-        result = train_step(self.run, step, Epoch(1, [step], True), loaded)
+        result = train_step(self.run, step, loaded, epoch=1)
         return result.loss_B.tolist(), result.gradient_norm, before - self.parameter.item()
 
 

@@ -6,9 +6,14 @@ import hashlib
 import json
 
 import pytest
+import torch
+from torch.nn import Parameter
 
-from hyimg.data.describe import dataset_dirs
-from hyimg.model.safetensors_file import read_header
+from hyimg.checkpoints.safetensors_file import read_header
+from hyimg.errors import HyimgError
+from hyimg.plugins import load_plugins
+from hyimg.training.metadata import _optimizer_text, dataset_dirs, fitting_subsets, most_frequent_tags
+from hyimg.training.optimizers import resolve_optimizer
 
 
 @pytest.fixture
@@ -70,10 +75,101 @@ def test_optimiser_and_network_arguments_are_told(metadata):
     told = metadata(
         optimizer_type="SGDNesterov",
         optimizer_args=("momentum=0.5",),
-        network_args=("network_reg_dims=img_attn_qkv=2",),
+        network_args=("network_reg_dims=img_attn_qkv=2", "loraplus_lr_ratio=4"),
     )
+    assert told["ss_network_module"] == "networks.lora_hunyuan_image"
     assert told["ss_optimizer"] == "torch.optim.sgd.SGD(momentum=0.5)"
-    assert json.loads(told["ss_network_args"]) == {"network_reg_dims": "img_attn_qkv=2"}
+    # text, as the reference tool passes it on
+    assert json.loads(told["ss_network_args"]) == {
+        "network_reg_dims": "img_attn_qkv=2",
+        "loraplus_lr_ratio": "4",
+    }
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "args", "text"),
+    [
+        ("AdamW", (), "torch.optim.adamw.AdamW"),
+        (
+            "AdamW",
+            ("betas=0.9,0.99", "weight_decay=.1"),
+            "torch.optim.adamw.AdamW(betas=(0.9, 0.99),weight_decay=0.1)",
+        ),
+        # which the reference tool passes whether given or not
+        ("SGDNesterov", (), "torch.optim.sgd.SGD(momentum=0.9)"),
+    ],
+)
+def test_the_optimizer_is_written_as_the_reference_tool_writes_it(optimizer, args, text):
+    made = resolve_optimizer(load_plugins([]), optimizer, args)(
+        [{"params": [Parameter(torch.zeros(2))]}], 1e-4
+    )
+    assert _optimizer_text(made, args) == text
+
+
+def test_text_is_utf8_and_tags_are_written_once(metadata, make_dataset):
+    told = metadata(dataset_config=make_dataset('caption_prefix = "猫 "'), training_comment="写")
+    assert '"caption_prefix": "猫 "' in told["ss_datasets"]
+    assert json.loads(told["ss_tag_frequency"]) == {"images": {"cat" * n: 1 for n in (1, 2, 3, 4)}}
+    assert "catcat" not in told["ss_datasets"]
+
+
+def test_tags_that_take_too_much_room_are_dropped_and_reported_before_the_first_step(
+    metadata, report, monkeypatch
+):
+    monkeypatch.setattr("hyimg.training.metadata.MAX_TAG_BYTES", 44)  # the folder, `cat` and `catcat`
+    notes: list[str] = []
+    monkeypatch.setattr(report, "note", notes.append)
+    told = metadata()
+    assert json.loads(told["ss_tag_frequency"]) == {"images": {"cat": 1, "catcat": 1}}
+    (told_of,) = [n for n, line in enumerate(notes) if "has room for 2 of the 4 tags" in line]
+    assert told_of < next(n for n, line in enumerate(notes) if line.startswith("saved "))
+
+
+def test_the_most_frequent_tags_are_kept_whatever_their_order():
+    frequency = {"a": {"rare": 1, "often": 5}, "b": {"猫" * 50: 9, "twice": 2}}
+    assert most_frequent_tags(frequency, 1000) == (frequency, 0)
+    # `"often":5` and a comma and blanks are 12 bytes, a folder 9; the long one does not fit, and the next may
+    assert most_frequent_tags(frequency, 45) == ({"a": {"often": 5}, "b": {"twice": 2}}, 2)
+    folders = {f"folder {number}": {"tag": 1} for number in range(1000)}
+    kept, num_dropped = most_frequent_tags(folders, 300)
+    assert len(json.dumps(kept)) <= 300
+    assert len(kept) == 1000 - num_dropped > 5
+
+
+def test_subsets_that_take_too_much_room_are_dropped_and_reported(metadata, report, monkeypatch):
+    notes: list[str] = []
+    monkeypatch.setattr(report, "note", notes.append)
+    monkeypatch.setattr("hyimg.training.metadata.MAX_DATASETS_BYTES", 500)
+    told = metadata(max_train_steps=1)
+    assert (told["ss_datasets"], told["ss_dataset_dirs"]) == ("[]", "{}")
+    assert any(
+        "`ss_dataset_dirs` have room for the first 0 of the 1 subsets (500 B at most)" in line
+        for line in notes
+    )
+
+
+def test_the_first_subsets_are_kept():
+    datasets = [
+        {"resolution": [64, size], "subsets": [{"image_dir": f"{n}"} for n in range(100)]}
+        for size in (64, 96)
+    ]
+    whole = len(json.dumps(datasets))
+    assert fitting_subsets(datasets, whole + 10) == (datasets, 0)
+    for room in (whole - 10, whole // 2, whole // 3, 50, 10):
+        kept, num_dropped = fitting_subsets(datasets, room)
+        assert len(json.dumps(kept)) <= room
+        subsets = [subset for dataset in kept for subset in dataset["subsets"]]
+        assert subsets == [subset for dataset in datasets for subset in dataset["subsets"]][: len(subsets)]
+        assert len(subsets) == 200 - num_dropped
+        assert num_dropped > 0
+
+
+def test_metadata_that_no_header_holds_is_refused_before_the_model_is_read(train, monkeypatch):
+    monkeypatch.setattr("hyimg.training.metadata.MAX_HEADER_BYTES", 10_020_000)
+    monkeypatch.setattr("hyimg.memory.dit_loader.load_dit", lambda *a, **k: pytest.fail("the DiT is read"))
+    with pytest.raises(HyimgError, match=r"`ss_training_comment` with 60\.0 kB") as caught:
+        train(training_comment="写" * 20_000)
+    assert "--no_metadata" in caught.value.hint
 
 
 # What the reference tool's train_network.py and its trainer for this model write, but for the commit of its own
@@ -95,7 +191,9 @@ validate_every_n_steps validation_seed validation_split zero_terminal_snr
 
 
 def test_no_key_of_the_reference_tool_is_missing(metadata):
-    assert [key for key in REFERENCE_KEYS if f"ss_{key}" not in metadata()] == []
+    # the last two only where there is something to say
+    assert "ss_network_args" not in (told := metadata())
+    assert [key for key in REFERENCE_KEYS if f"ss_{key}" not in told] == ["network_args", "vae_name"]
 
 
 def test_models_are_told_by_name_and_by_the_hashes_that_are_known(metadata, models):

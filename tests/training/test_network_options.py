@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hyimg.checkpoints.architecture import DIT_TINY
+from hyimg.checkpoints.names import linear_modules
 from hyimg.config.commands import TrainConfig
 from hyimg.config.load import make
 from hyimg.errors import HyimgError
-from hyimg.lora.file import convert, read_lora, save_lora
-from hyimg.lora.merge import delta
-from hyimg.lora.network import LoRANetwork
-from hyimg.lora.network_args import NetworkArgs
-from hyimg.lora.plan import plan_network
-from hyimg.model.architecture import DIT_TINY
-from hyimg.model.conditioning import collate
-from hyimg.model.keys import linear_modules
+from hyimg.lora.files.conversion import convert, read_lora, save_lora
+from hyimg.lora.merging import delta
+from hyimg.lora.network import AdapterNetwork
+from hyimg.lora.rank_plan import parse_network_args, plan_network
+from hyimg.model.dit import collate
 from hyimg.report import SilentReporter
 from hyimg.stages.train import train as train_stage
 from hyimg.training.preparation import prepare
@@ -40,8 +40,8 @@ class Listener(SilentReporter):
 @pytest.fixture
 def lora_file(tmp_path):
     """A LoRA of mixed ranks with random weights for the tiny model, in ComfyUI's names."""
-    args = NetworkArgs.parse(["network_reg_dims=txt=0,linear1=6"])
-    network = LoRANetwork(plan_network(linear_modules(DIT_TINY), dim=3, alpha=1.5, args=args))
+    args = parse_network_args(["network_reg_dims=txt=0,linear1=6"])
+    network = AdapterNetwork(plan_network(linear_modules(DIT_TINY), dim=3, alpha=1.5, args=args))
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
@@ -79,15 +79,23 @@ def test_modules_ranks_and_alphas_come_from_the_weights_file(train, lora_file):
 
 
 def test_base_weights_are_merged_before_training(train, lora_file, models):
-    loss = train(base_weights=(lora_file, lora_file), base_weights_multiplier=(0.5, -0.25)).objective
+    loss = train(base_weights=(lora_file, lora_file), base_weights_multiplier=(-0.25,)).objective
     plain = train().objective
-    deltas = delta(LoRANetwork.read(lora_file, DIT_TINY))
+    deltas = delta(AdapterNetwork.read(lora_file, DIT_TINY))
     before, after = plain.dit.state_dict(), loss.dit.state_dict()
     for name, tensor in after.items():
         expected = before[name]
         if name in deltas:
-            expected = (expected + 0.5 * deltas[name]) - 0.25 * deltas[name]
+            expected = (expected - 0.25 * deltas[name]) + deltas[name]
         assert torch.equal(tensor, expected), name
+
+
+def test_base_weights_without_a_multiplier_get_1_and_are_named(prepared, lora_file):
+    other = lora_file.with_name("other.safetensors")
+    shutil.copyfile(lora_file, other)
+    _, report = prepared(base_weights=(lora_file, other), base_weights_multiplier=(0.5,))
+    said = f"`--base_weights_multiplier` has 1 value for 2 LoRA files: 1 for `{other}`"
+    assert [line for line in report.warnings if "multiplier`" in line] == [said]
 
 
 def test_a_dora_goes_on_from_its_file(train, tmp_path):
@@ -110,7 +118,7 @@ def test_each_kind_of_adapter_is_in_its_file_as_it_was_trained(train, args):
     run.batch = next(run.loader.load(run.schedule.epoch_batches(1)[:1], epoch=1))
     state = run.network.state()
     assert all(bool(tensor.any()) for tensor in state.values()), "all of it was trained"
-    read = LoRANetwork.read(run.folder.lora_path(), DIT_TINY)
+    read = AdapterNetwork.read(run.folder.lora_path(), DIT_TINY)
     assert read.state().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in read.state().items())
     drawn = run.objective.draw(run.batch, 1)
@@ -173,7 +181,7 @@ def test_rank_and_alpha_are_told_with_their_quotient(prepared):
     [
         (
             {"network_dim": 16},
-            "alpha 1 beside rank 16 makes the update 16 times weaker than `--network_alpha 16` would",
+            "alpha 1 with rank 16 makes the update 16 times weaker than `--network_alpha 16` would",
         ),
         ({"network_dim": 16, "network_alpha": 2}, None),
         (
@@ -198,17 +206,17 @@ def test_an_alpha_that_makes_the_update_weak_is_warned_of(prepared, options, wor
     [
         ({"dim_from_weights": True}, "`--dim_from_weights` needs `--network_weights`"),
         ({"network_dropout": 1.0}, "drops everything"),
-        ({"ema_decay": 1.0}, "never takes a step in"),
-        ({"base_weights": ["{lora}"], "base_weights_multiplier": (1.0, 2.0)}, "2 values .* for 1 file"),
+        ({"ema_decay": 1.0}, "would never update the average"),
+        ({"base_weights": ["{lora}"], "base_weights_multiplier": (1.0, 2.0)}, "2 values .* for 1 LoRA file"),
         ({"base_weights": ["{dit}"]}, "is not a LoRA but"),
         ({"network_weights": "{lora}"}, "does not fit the network"),
         (
             {"network_weights": "{lora}", "dim_from_weights": True, "network_args": ("network_reg_dims=a=1",)},
-            "both say the ranks",
+            "both set the ranks",
         ),
         (
             {"network_weights": "{lora}", "dim_from_weights": True, "network_args": ("dora=True",)},
-            "is no DoRA",
+            "is not a DoRA",
         ),
         (
             {"network_weights": "{lora}", "dim_from_weights": True, "network_args": ("split_qkv=True",)},
@@ -235,7 +243,7 @@ def test_base_weights_that_are_not_finite_are_refused_before_the_model_is_read(
     next(iter(state.values())).fill_(torch.nan)
     save_file(state, tmp_path / "bad.safetensors")
     monkeypatch.setattr(
-        "hyimg.memory.dit.load_dit", lambda *args, **kwargs: pytest.fail("the model was read")
+        "hyimg.memory.dit_loader.load_dit", lambda *args, **kwargs: pytest.fail("the model was read")
     )
     with pytest.raises(HyimgError, match="holds NaN or infinity"):
         train(base_weights=(tmp_path / "bad.safetensors",))

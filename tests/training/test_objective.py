@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hyimg.config.flow import FlowMatching
+from hyimg.checkpoints.architecture import DIT_2_1, DIT_2_1_DISTILLED, DIT_TINY
 from hyimg.config.rendering import Sampling
-from hyimg.data.training_data import LoadedBatch
+from hyimg.config.training import FlowMatching
+from hyimg.data.batches import LoadedBatch
 from hyimg.flow.losses import l2
-from hyimg.flow.renderer import render_defaults
 from hyimg.flow.timesteps import uniform
-from hyimg.model.architecture import DIT_2_1, DIT_2_1_DISTILLED, DIT_TINY
 from hyimg.model.dit import DiT
-from hyimg.model.random_init import init_random
+from hyimg.model.loading import init_random
+from hyimg.rendering.renderer import render_defaults
 from hyimg.training.objective import Objective
 
 SHAPE = (16, 8, 8)

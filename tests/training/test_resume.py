@@ -11,14 +11,18 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hyimg.cache.atomic import TEMPORARY_SUFFIX, WriteError
+from hyimg.checkpoints.safetensors_file import read_header
 from hyimg.errors import HyimgError, RunError
-from hyimg.model.safetensors_file import read_header
+from hyimg.plugins import load_plugins
+from hyimg.plugins.builtins import OPTIMIZERS as BUILT_IN
 from hyimg.report import SilentReporter
-from hyimg.training.resume import Stateful
-from hyimg.training.state_folder import read_state
-from hyimg.training.state_parts import OptimizerPart, generators_part
-from hyimg.training.state_tree import equal, pack, unpack
-from hyimg.training.step_metrics import COST_FIELDS
+from hyimg.training import saving
+from hyimg.training.ema import averaged_weights
+from hyimg.training.metrics import COST_FIELDS
+from hyimg.training.optimizers import resolve_optimizer
+from hyimg.training.resume import OptimizerPart, Stateful, generators_part
+from hyimg.training.state import equal, pack, read_state, unpack
 
 STEPS = 7  # of epochs of four batches
 WITH_STATES = {
@@ -101,6 +105,21 @@ EXTRAS = {
         "learning_rate": 1e-2,
     },
     "averages of the optimiser": {"optimizer_type": "AdamWScheduleFree", "learning_rate": 1e-2},
+    "schedulefree's wrapper": {
+        "optimizer_type": "Lion8bit",
+        "optimizer_args": ("min_8bit_size=64",),
+        "optimizer_schedulefree_wrapper": True,
+        "schedulefree_wrapper_args": ("momentum=0.8", "weight_decay_at_y=0.1"),
+        "learning_rate": 1e-2,
+    },
+    "schedulefree's wrapper in bf16": {
+        "network_args": ("module_dropout=0.2",),
+        "optimizer_type": "AdamW",
+        "optimizer_schedulefree_wrapper": True,
+        "mixed_precision": "bf16",
+        "full_bf16": True,
+        "learning_rate": 1e-2,
+    },
     "split q, k, v in bf16": {
         "network_args": ("split_qkv=True",),
         "mixed_precision": "bf16",
@@ -173,12 +192,73 @@ def test_a_half_written_or_damaged_state_is_left_out_with_a_warning(train, stopp
     run = go_on(train, stopped)
     assert run.resumed.saved.path.name == "lora-step00000002-state"
     assert len(report.warnings) == 2
-    assert "step00000006-state` is no whole state: `manifest.json` is missing" in report.warnings[0]
-    assert "step00000004-state` is no whole state: `optimizer-" in report.warnings[1]
+    assert "step00000006-state` is not a complete state: `manifest.json` is missing" in report.warnings[0]
+    assert "step00000004-state` is not a complete state: `optimizer-" in report.warnings[1]
+
+
+def test_states_in_a_folder_elsewhere_are_found_and_go_on_in_the_same_bits(train, tmp_path):
+    whole = train(**WITH_STATES).folder.directory
+    options = WITH_STATES | {
+        "output_dir": tmp_path / "run",
+        "state_dir": tmp_path / "elsewhere",
+        "resume": "latest",
+    }
+    train(**options | {"max_train_steps": 4})
+    assert not list((tmp_path / "run").glob("*-state"))
+    shutil.rmtree(tmp_path / "elsewhere" / "lora-state")
+    run = train(**options)
+    assert run.resumed.saved.path == tmp_path / "elsewhere" / "lora-step00000004-state"
+    first, second = (contents(read_state(place / "lora-state")) for place in (whole, tmp_path / "elsewhere"))
+    assert all(equal(first[part], second[part]) for part in first)
+
+
+def test_states_from_before_there_was_a_folder_for_them_are_found(train, stopped, tmp_path):
+    run = go_on(train, stopped, state_dir=tmp_path / "elsewhere")
+    assert run.resumed.saved.path == stopped / "lora-step00000004-state"
+    assert (tmp_path / "elsewhere" / "lora-state").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("lora-step00000004-state/manifest.json", "`{folder}/lora-step00000004-state`"),
+        ("lora-step00000004.safetensors", "`{folder}/lora-step00000004-state`"),
+        ("comfy/lora-step00000004.safetensors", "`{folder}/lora-step00000004-state`"),
+        ("lora.safetensors", "`--network_weights` starts from a LoRA file"),
+        ("lora.run.toml", "or `latest`"),
+    ],
+)
+def test_a_file_in_place_of_a_state_is_answered_with_the_folder(train, stopped, given, hint):
+    with pytest.raises(HyimgError, match="is a file, but a state is a folder") as caught:
+        go_on(train, stopped, resume=str(stopped / given))
+    assert hint.format(folder=stopped) in caught.value.hint
+
+
+def test_a_misspelt_state_is_answered_with_the_nearest(train, stopped):
+    with pytest.raises(HyimgError, match="there is no state") as caught:
+        go_on(train, stopped, resume=str(stopped / "lora-step0000004-state"))
+    assert "`lora-step00000004-state`" in caught.value.hint
+
+
+def test_of_a_finished_run_nothing_is_left(train, stopped, spy, monkeypatch):
+    go_on(train, stopped)
+    files = {path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.is_file()}
+    notes = []
+    monkeypatch.setattr(SilentReporter, "note", lambda self, text: notes.append(text))
+    monkeypatch.setattr("hyimg.memory.dit_loader.load_dit", lambda *a, **k: pytest.fail("the model was read"))
+    # as a kill between the last save and the end leaves them
+    for left in (".lora.lock", f".lora.safetensors.1-{'0' * 8}{TEMPORARY_SUFFIX}"):
+        (stopped / left).touch()
+    count = len(spy.runs)
+    go_on(train, stopped)
+    assert len(spy.runs) == count
+    (note,) = [note for note in notes if note.startswith("nothing left to train")]
+    assert f"`{stopped / 'lora-state'}` is the state of the last step, {STEPS}" in note
+    assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.is_file()} == files
 
 
 def test_a_run_folder_in_place_of_a_state_is_told_what_a_state_is(train, stopped):
-    with pytest.raises(HyimgError, match="is no whole state: `manifest.json` is missing") as told:
+    with pytest.raises(HyimgError, match="is not a complete state: `manifest.json` is missing") as told:
         go_on(train, stopped, resume=str(stopped))
     assert "a folder whose name ends in `-state`" in told.value.hint
 
@@ -186,8 +266,41 @@ def test_a_run_folder_in_place_of_a_state_is_told_what_a_state_is(train, stopped
 def test_where_no_state_is_whole_nothing_is_started_over(train, stopped):
     for state in stopped.glob("*-state"):
         (state / "manifest.json").unlink()
-    with pytest.raises(HyimgError, match="there is no whole state of `lora`"):
+    with pytest.raises(HyimgError, match="there is no complete state of `lora`"):
         go_on(train, stopped)
+
+
+def test_a_save_that_a_kill_cut_short_is_completed_before_the_next_step(train, tmp_path, spy):
+    options = WITH_STATES | {"output_dir": tmp_path / "run", "resume": "latest"}
+    folder = train(**options | {"max_train_steps": 4}).folder.directory
+    shutil.rmtree(folder / "lora-state")
+    # a kill in the removal of the save of step 2, and of what came before
+    (folder / "comfy" / "lora-step00000004.safetensors").unlink()
+    (folder / "lora-step00000002.safetensors").unlink()
+    found = []
+    spy.losses["looks"] = lambda prediction, target, context: (
+        found.append(sorted(path.name for path in folder.rglob("*") if "-step" in path.name))
+        or (prediction - target).square().mean((1, 2, 3))
+    )
+    train(**options, save_last_n_steps=1, loss_type="looks", resume_force=True)
+    of_step_4 = ["lora-step00000004-state", *["lora-step00000004.safetensors"] * 2]
+    assert found[0] == of_step_4, "before the first step"
+
+
+def test_a_first_save_without_its_state_is_kept_from_all_but_latest(train, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise WriteError("the disk is full")
+
+    options = {"output_dir": tmp_path / "run", "save_state": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_state", full)
+        with pytest.raises(RunError, match="the disk is full"):
+            train(**options)
+    with pytest.raises(HyimgError, match="holds a run named `lora` already") as caught:
+        train(**options)
+    assert "`--resume latest` to continue" in caught.value.hint
+    run = train(**options, resume="latest")
+    assert (run.resumed, run.step, run.folder.saves()) == (None, 1, (("lora",), None))
 
 
 def test_latest_overwrites_only_what_cannot_go_on(train, stopped):
@@ -204,7 +317,7 @@ def test_latest_overwrites_only_what_cannot_go_on(train, stopped):
 def test_latest_starts_a_run_that_has_left_nothing(train, tmp_path, report):
     run = go_on(train, tmp_path / "fresh", max_train_steps=1)
     assert (run.step, run.resumed) == (1, None)
-    assert any("starting at the first step" in warning for warning in report.warnings)
+    assert any("starting from the first step" in warning for warning in report.warnings)
 
 
 def test_a_named_state_that_is_damaged_is_refused(train, stopped):
@@ -267,7 +380,7 @@ def test_a_run_of_more_steps_goes_on_from_the_end_of_a_shorter_one(train, tmp_pa
 
 
 def test_a_state_past_the_end_of_the_run_is_refused(train, stopped):
-    with pytest.raises(HyimgError, match="is of step 4, and the run has 3"):
+    with pytest.raises(HyimgError, match="is at step 4, but the run has only 3"):
         go_on(train, stopped, max_train_steps=3)
 
 
@@ -301,6 +414,50 @@ def test_a_state_goes_on_under_another_name_and_in_another_folder(train, stopped
     state = str(stopped / "lora-step00000004-state")
     train(**WITH_STATES, resume=state, output_dir=tmp_path / "other")
     assert_same_end(tmp_path / "other", whole)
+
+
+def test_a_log_that_is_not_the_states_is_reported_and_the_weights_are_exact(train, stopped, report, tmp_path):
+    whole = train(**WITH_STATES).folder.directory
+    lines = (stopped / "lora.metrics.jsonl").read_bytes().splitlines(keepends=True)
+    edited = [lines[0].replace(b'"epoch": 1', b'"epoch": 9'), *lines[1:]]
+    later, changed = b'{"step": 5}\n', "was changed after the state was saved"
+    for number, (found, kept, words) in enumerate(
+        [
+            (None, [], "was not found; the log starts at step 5"),
+            ([*edited, later], edited, changed),
+            ([*lines[:2], lines[2][:20]], lines[:2], changed),
+        ]
+    ):
+        folder = tmp_path / f"changed{number}"
+        shutil.copytree(stopped, folder)
+        log = folder / "lora.metrics.jsonl"
+        log.unlink()
+        if found is not None:
+            log.write_bytes(b"".join(found))
+        report.warnings.clear()
+        go_on(train, folder)
+        (warning,) = report.warnings
+        assert words in warning
+        assert log.read_bytes().startswith(b"".join(kept))
+        assert [line["step"] for line in metrics(folder)[len(kept) :]] == [5, 6, 7]
+        first, second = (contents(read_state(place / "lora-state")) for place in (folder, whole))
+        assert all(equal(first[part], second[part]) for part in second)
+    # the states saved since go with the log as it is now
+    report.warnings.clear()
+    go_on(train, folder, max_train_steps=STEPS + 1)
+    assert report.warnings == []
+
+
+def test_a_state_with_a_copy_of_the_metrics_goes_on_exactly(train, stopped, as_format_1, report):
+    whole = train(**WITH_STATES).folder.directory
+    log = stopped / "lora.metrics.jsonl"
+    for step in (2, 4):
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
+        as_format_1(stopped / f"lora-step0000000{step}-state", "".join(lines))
+    log.unlink()
+    go_on(train, stopped)
+    assert report.warnings == []
+    assert_same_end(stopped, whole)
 
 
 def test_a_used_name_is_free_for_its_own_states_only(train, stopped, tmp_path):
@@ -390,17 +547,17 @@ def test_a_copy_of_the_files_elsewhere_may_go_on(train, stopped, models, dataset
 
 
 def test_another_base_model_is_refused(train, stopped, models):
-    with pytest.raises(HyimgError, match="`--dit` is another model"):
+    with pytest.raises(HyimgError, match="`--dit` is a different model"):
         go_on(train, stopped, dit=models[1].dit)
 
 
 @pytest.mark.parametrize(
     ("line", "caches", "words"),
     [
-        ("batch_size = 2", ((0, 0),), "4 images and 4 batches an epoch then, 4 images and 2 batches now"),
-        ("network_multiplier = 0.5", ((0, 0),), "other repeats, batch sizes, weights or dropout"),
-        ("", ((1, 0),), "the latent cache is of another VAE"),
-        ("", ((0, 1),), "the text cache is of other text encoders"),
+        ("batch_size = 2", ((0, 0),), "4 images and 4 batches per epoch then, 4 images and 2 batches now"),
+        ("network_multiplier = 0.5", ((0, 0),), "repeats, batch sizes, weights or dropout in"),
+        ("", ((1, 0),), "the latent cache was made with another VAE"),
+        ("", ((0, 1),), "the text cache was made with other text encoders"),
     ],
 )
 def test_another_dataset_is_a_difference(train, stopped, make_dataset, line, caches, words):
@@ -415,10 +572,10 @@ def test_what_the_settings_say_anew_wins_over_the_state(train, stopped):
 
 
 def test_another_optimiser_starts_anew_and_another_network_never(train, stopped, report):
-    with pytest.raises(HyimgError, match="the state is of another network"):
+    with pytest.raises(HyimgError, match="the state belongs to a different network"):
         go_on(train, stopped, network_dim=8, resume_force=True)
     go_on(train, stopped, optimizer_type="Adafactor", resume_force=True)
-    assert any("does not fit this run: it starts anew" in warning for warning in report.warnings)
+    assert any("does not fit this run and is reset" in warning for warning in report.warnings)
 
 
 # ---- parts that others add
@@ -428,7 +585,7 @@ def test_a_plugins_part_is_saved_and_put_back(train, tmp_path, spy):
     def count(start):
         def listen(run):
             run.counter = {"steps": start, "of": torch.full((2,), float(start))}
-            run.remember(Stateful("counter", lambda: dict(run.counter), run.counter.update))
+            run.register_state(Stateful("counter", lambda: dict(run.counter), run.counter.update))
 
         return listen
 
@@ -443,7 +600,7 @@ def test_a_part_that_the_state_lacks_is_refused_unless_forced(train, tmp_path, s
     train(output_dir=tmp_path / "run", save_state_on_train_end=True)
     spy.on_start = lambda run: run.remember(Stateful("counter", dict, dict))
     options = {"output_dir": tmp_path / "run", "resume": "latest", "max_train_steps": 2}
-    with pytest.raises(HyimgError, match="holds no `counter`"):
+    with pytest.raises(HyimgError, match="does not contain `counter`"):
         train(**options)
     assert train(**options, resume_force=True).step == 2
 
@@ -452,10 +609,52 @@ def test_a_part_that_cannot_take_its_state_is_one_error(train, tmp_path, spy):
     def refuse(state):
         raise ValueError("no")
 
-    spy.on_start = lambda run: run.remember(Stateful("counter", dict, refuse))
+    spy.on_start = lambda run: run.register_state(Stateful("counter", dict, refuse))
     train(output_dir=tmp_path / "run", save_state_on_train_end=True)
-    with pytest.raises(RunError, match="`counter` cannot go on from .*: ValueError: no"):
+    with pytest.raises(RunError, match="`counter` cannot be restored from .*: ValueError: no"):
         train(output_dir=tmp_path / "run", resume="latest", max_train_steps=2)
+
+
+def steps_of(optimizer, parameters, numbers):
+    for number in numbers:
+        for place, parameter in enumerate(parameters):
+            parameter.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(10 * number + place))
+        optimizer.step()
+
+
+# the others cannot be, which test_optimizers.py holds
+WRAPPED = [name for name in BUILT_IN if name != "Prodigy" and not name.startswith("DAdapt")]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrapper_pairs"),
+    [*((name, None) for name in BUILT_IN), *((name, ()) for name in WRAPPED)],
+    ids=lambda value: {None: "plain", (): "wrapped"}.get(value, value),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_every_built_in_optimiser_goes_on_in_the_same_bits(name, wrapper_pairs):
+    pairs = ["relative_step=False"] if name == "Adafactor" and wrapper_pairs is not None else []
+    make = resolve_optimizer(load_plugins(()), name, pairs, wrapper_pairs=wrapper_pairs)
+
+    def made():
+        parameters = [torch.nn.Parameter(torch.full((64, 64), start)) for start in (0.0, 0.1)]
+        return make([{"params": parameters, "lr": 0.1}], 0.1), parameters
+
+    report = SilentReporter()
+    (whole, expected), (first, begun), (second, resumed) = made(), made(), made()
+    saving, part = OptimizerPart(first, report), OptimizerPart(second, report)
+    steps_of(whole, expected, range(6))
+    steps_of(first, begun, range(3))
+    tree, tensors = pack(saving.state_dict())
+    part.load_state_dict(unpack(json.loads(json.dumps(tree)), {n: t.clone() for n, t in tensors.items()}))
+    with torch.no_grad():
+        for parameter, values in zip(resumed, begun, strict=True):
+            parameter.copy_(values)
+    steps_of(second, resumed, range(3, 6))
+    assert report.warnings == []
+    assert all(torch.equal(a, b) for a, b in zip(resumed, expected, strict=True))
+    with averaged_weights(whole), averaged_weights(second):
+        assert all(torch.equal(a, b) for a, b in zip(resumed, expected, strict=True))
 
 
 def test_an_optimiser_keeps_the_type_of_its_state_beside_parameters_of_another():

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
+import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from hyimg.distributed.processes import Processes
 from hyimg.errors import RunError, StoppedError, Terminated
-from hyimg.memory.processes import Processes
+from hyimg.lora.files.conversion import convert
 from hyimg.report import SilentReporter
-from hyimg.training import saving
-from hyimg.training.exchange import Exchange
-from hyimg.training.signals import StopRequest
-from hyimg.training.state_folder import read_state
+from hyimg.training import saving, state
+from hyimg.training.loop import StopRequest
+from hyimg.training.state import read_state
 
 
 def names(folder, ending):
@@ -87,13 +91,27 @@ def test_rotation_by_step_leaves_epochs_alone_and_other_names(train, tmp_path):
     assert (folder / "lora2-step00000001-state").is_dir()
 
 
+def test_files_of_listed_steps_are_saved_and_stay(train, report):
+    options = {"max_train_steps": 7, "save_at_steps": "1,4", "save_state": True}
+    run = train(**options, save_every_n_steps=3, save_last_n_steps=1)
+    assert loras(run.folder.directory) == ["", *steps(1, 4, 6)]
+    assert names(run.folder.directory, "-state") == ["", *steps(6)], "states go as they would"
+    assert report.warnings == []
+
+
+def test_listed_steps_past_the_end_of_the_run_are_named(train, report):
+    run = train(max_train_steps=3, save_at_steps=(3, 9, 5, 2))
+    assert loras(run.folder.directory) == ["", *steps(2, 3)]
+    assert report.warnings == ["`--save_at_steps`: the run ends after 3 steps, before 5, 9"]
+
+
 def test_nothing_is_removed_before_the_new_one_is_whole(train, spy, monkeypatch):
     write = saving.write_state
 
-    def full_at_step_2(path, document, *rest):
+    def full_at_step_2(path, document, *rest, **options):
         if document["step"] == 2:
             raise RunError("the disk is full")
-        write(path, document, *rest)
+        write(path, document, *rest, **options)
 
     monkeypatch.setattr(saving, "write_state", full_at_step_2)
     with pytest.raises(RunError, match="the disk is full"):
@@ -105,23 +123,6 @@ def test_a_state_at_the_end_needs_no_other_states(train):
     folder = train(max_train_steps=2, save_every_n_steps=1, save_state_on_train_end=True).folder.directory
     assert names(folder, "-state") == [""]
     assert read_state(folder / "lora-state").document["step"] == 2
-
-
-@pytest.mark.parametrize(
-    ("options", "needed"),
-    [
-        ({"save_last_n_steps": 1}, "`--save_every_n_steps`"),
-        ({"save_last_n_epochs": 1}, "`--save_every_n_epochs`"),
-        (
-            {"save_last_n_steps_state": 1, "save_every_n_steps": 1},
-            "`--save_every_n_steps` and `--save_state`",
-        ),
-    ],
-)
-def test_rotation_without_saves_is_warned_of(train, report, options, needed):
-    train(**options)
-    (name,) = [name for name in options if "last" in name]
-    assert report.warnings == [f"`--{name}` has no effect without {needed}"]
 
 
 # ---- saves that are asked for
@@ -150,10 +151,23 @@ def test_every_process_knows_what_was_saved_last_and_the_main_one_saves_it(train
     run = train(save_format=save_format)
     assert run.last_good == run.folder.directory / folder / "lora.safetensors"
     assert run.last_good.is_file()
-    run.exchange = Exchange(Processes(1, 2), torch.device("cpu"))
+    run.prepared = replace(run.prepared, processes=Processes(1, 2))
     run.save(step=7)
     assert run.last_good == run.folder.directory / folder / "lora-step00000007.safetensors"
     assert not run.last_good.exists()
+
+
+@pytest.mark.parametrize("save_precision", [None, "bf16"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+def test_the_comfyui_file_of_a_save_is_the_other_file_converted(train, tmp_path, kind, save_precision):
+    if kind == "dora":
+        options = {"network_args": ("dora=True", "split_qkv=True")}
+    else:
+        options = {"network_module": kind, "network_args": ("full_matrix=True",) if kind == "lokr" else ()}
+    run = train(**options, save_precision=save_precision, learning_rate=1e-2)
+    saved, converted = run.folder.directory / "lora.safetensors", tmp_path / "converted.safetensors"
+    convert(saved, converted, to="comfy")
+    assert (saved.parent / "comfy" / saved.name).read_bytes() == converted.read_bytes()
 
 
 # ---- signals
@@ -172,16 +186,31 @@ def interrupt_at(step, spy, number, times=1):
     return {"loss_type": "interrupted"}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+
+
+@pytest.fixture
+def hangups():
+    """SIGHUP is answered, as it is where the tests do not run under `nohup`."""
+    before = signal.signal(HANGUP, signal.SIG_DFL)
+    yield
+    signal.signal(HANGUP, before)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, HANGUP)
+
+
+@pytest.mark.usefixtures("hangups")
+@pytest.mark.parametrize(("number", "code"), [*zip(SIGNALS, (130, 143, 129), strict=True)])
 def test_the_first_signal_finishes_the_step_and_says_how_to_go_on(train, spy, tmp_path, number, code):
-    before = [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(which) for which in SIGNALS]
     folder = tmp_path / "run"
     with pytest.raises(StoppedError, match="after step 2 of 5") as caught:
         train(output_dir=folder, max_train_steps=5, **interrupt_at(2, spy, number))
     assert caught.value.exit_code == code
     assert f"--config {folder / 'lora.run.toml'} --resume latest" in caught.value.hint
     assert loras(folder) == names(folder, "-state") == steps(2)
-    assert [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(which) for which in SIGNALS] == before
     whole = train(max_train_steps=5, loss_type="interrupted").folder.directory
     train(output_dir=folder, max_train_steps=5, loss_type="interrupted", resume="latest")
     first, second = (load_file(place / "lora.safetensors") for place in (whole, folder))
@@ -199,6 +228,42 @@ def test_the_second_signal_stops_at_once(train, spy, report, number, kind):
     assert names(folder, "-state") == []
     last = folder / "lora-step00000002.safetensors"
     assert f"stopped after step 2 of 5; the last saved file is {last}" in report.warnings[-1]
+
+
+@pytest.mark.usefixtures("hangups")
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (HANGUP, HANGUP),
+        (HANGUP, signal.SIGTERM),
+        (signal.SIGTERM, HANGUP),
+        (signal.SIGINT, HANGUP),
+    ],
+    ids=lambda numbers: "-".join(number.name for number in numbers),
+)
+def test_what_comes_with_the_end_of_a_terminal_is_one_signal(numbers):
+    with StopRequest(SilentReporter()) as stop:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+    assert stop.signal == numbers[0]
+
+
+@pytest.mark.usefixtures("hangups")
+def test_a_signal_that_insists_after_a_hangup_stops_at_once():
+    with StopRequest(SilentReporter()):
+        os.kill(os.getpid(), HANGUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Terminated) as caught:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.exit_code == 143
+
+
+@pytest.mark.usefixtures("hangups")
+def test_under_nohup_a_hangup_is_ignored():
+    signal.signal(HANGUP, signal.SIG_IGN)
+    with StopRequest(SilentReporter()) as stop:
+        os.kill(os.getpid(), HANGUP)
+    assert stop.signal is None
 
 
 def test_a_signal_in_the_last_step_changes_nothing(train, spy):
@@ -230,7 +295,7 @@ def test_the_others_wait_for_a_save_as_long_as_it_takes_and_not_in_a_sum(train, 
             waits.append(spy.runs[-1].step)
 
     def count(run):
-        run.exchange = Exchange(Counting(), torch.device("cpu"))
+        run.prepared = replace(run.prepared, processes=Counting())
 
     spy.on_start = count
     train(max_train_epochs=2, save_every_n_steps=3, save_every_n_epochs=1)
@@ -257,9 +322,9 @@ def test_a_loss_that_is_not_finite_names_image_timestep_and_module(train, spy, d
     message = caught.value.message
     assert message.startswith(f"the loss is not finite at step 3: `{dataset.parent / 'images'}")
     assert ".png` at timestep " in message
-    assert message.endswith("and the gradient of `double_blocks.0.img_mod.linear` first")
+    assert message.endswith("first module with such a gradient: `double_blocks.0.img_mod.linear`")
     good = spy.runs[-1].folder.directory / "lora-step00000002.safetensors"
-    assert f"; `{good}` is from before" in caught.value.hint
+    assert f"; last saved: `{good}`" in caught.value.hint
 
 
 def test_a_gradient_that_is_not_finite_names_the_module_that_it_begins_in(train, spy):
@@ -271,7 +336,7 @@ def test_a_gradient_that_is_not_finite_names_the_module_that_it_begins_in(train,
     with pytest.raises(RunError) as caught:
         train()
     assert caught.value.message.startswith("the gradient is not finite at step 1: `")
-    assert caught.value.message.endswith("and the gradient of `single_blocks.1.linear2` first")
+    assert caught.value.message.endswith("first module with such a gradient: `single_blocks.1.linear2`")
 
 
 def test_of_many_images_those_are_named_whose_loss_is_not_finite(train, spy):
@@ -303,8 +368,8 @@ def test_a_step_that_is_not_finite_can_be_left_out(train, spy, report):
     assert [line["gradient_norm"] is None for line in lines] == [False, True, True, False]
     assert lines[2]["loss_smoothed"] == lines[0]["loss_smoothed"] == lines[0]["loss"]
     assert [warning.rpartition(": ")[2] for warning in report.warnings] == [
-        "left out (1 step so far)",
-        "left out (2 steps so far)",
+        "skipped (1 step so far)",
+        "skipped (2 steps so far)",
     ]
     (group,) = run.optimizer.param_groups
     assert {int(run.optimizer.state[p]["step"]) for p in group["params"]} == {2}
@@ -319,7 +384,7 @@ def test_a_step_that_was_left_out_has_changed_no_weight(train, spy):
 
 def test_ten_in_a_row_stop_a_run_that_leaves_them_out(train, spy):
     bad = [step for step in range(2, 30) if step != 5]
-    with pytest.raises(RunError, match="at step 15: .*; it is step 10 of such in a row"):
+    with pytest.raises(RunError, match="at step 15: .*; 10 such steps in a row"):
         train(max_train_steps=40, on_nan="skip", **breaking(spy, *bad))
 
 
@@ -329,3 +394,130 @@ def test_the_count_of_steps_left_out_is_part_of_the_state(train, spy, tmp_path):
     train(**options, max_train_steps=6)
     with pytest.raises(RunError, match="at step 10: "):
         train(**options, max_train_steps=20, resume="latest")
+
+
+# ---- what cannot be saved
+
+
+def fails_to_write(train, spy, break_it, words, hint, **options):
+    """A run whose writes fail from its start on: one sentence, exit code 1, and a way on. Gives its folder."""
+    spy.on_start = break_it
+    with pytest.raises(RunError, match=words) as caught:
+        train(**options)
+    assert caught.value.exit_code == 1
+    folder = spy.runs[-1].folder
+    command = f"`hyimg train --config {folder.config_path} --resume latest`"
+    assert caught.value.hint == f"{hint}continue with {command}; earlier saves are intact"
+    spy.on_start = lambda run: None
+    return folder.directory
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_a_file_that_is_larger_than_allowed_is_a_sentence_and_the_run_can_go_on(train, spy, tmp_path):
+    import resource
+
+    whole = train(save_state=True).folder.directory
+    largest_of_state = max(path.stat().st_size for path in (whole / "lora-state").iterdir())
+    lora = (whole / "lora.safetensors").stat().st_size
+    assert 4000 < lora < largest_of_state
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    options = {"save_state": True, "resume": "latest"}
+    words, hint = "larger than a file may be", "raise the limit (`ulimit -f`), then "
+    # not close to a size: times in the metadata differ by some digits from run to run
+    assert lora + 2000 < largest_of_state
+    for what, limit in (("metrics", 100), ("LoRA", lora // 2), ("state", (lora + largest_of_state) // 2)):
+        options["output_dir"] = tmp_path / what
+
+        def limit_size(run, limit=limit):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+        try:
+            folder = fails_to_write(train, spy, limit_size, words, hint, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        saved = [path.name for path in folder.rglob("*.safetensors")]
+        assert saved == (["lora.safetensors"] * 2 if what == "state" else [])
+        assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+    train(**options)
+    assert read_state(folder / "lora-state").document["step"] == 1
+
+
+def test_a_folder_that_is_removed_while_a_state_is_saved_is_a_sentence(train, spy, tmp_path, monkeypatch):
+    write, written = state.write_tensors, []
+
+    def removed(path, *arguments, **options):
+        write(path, *arguments, **options)
+        written.append(path)
+        if len(written) == 2:
+            shutil.rmtree(path.parent)
+
+    monkeypatch.setattr(state, "write_tensors", removed)
+    options = {"output_dir": tmp_path / "run", "save_state": True, "resume": "latest"}
+    folder = fails_to_write(
+        train, spy, lambda run: None, "lora-state` was removed while it was written", "", **options
+    )
+    assert not (folder / "lora-state").exists()
+    train(**options)
+    assert read_state(folder / "lora-state").document["step"] == 1
+
+
+def test_a_trackers_log_that_cannot_be_written_is_a_sentence(train, spy, tmp_path):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def break_log(run):
+        run.accelerator.log = full
+
+    words = f"the disk is full: `logs` could not be written in `{tmp_path / 'run'}`"
+    options = {"output_dir": tmp_path / "run", "resume": "latest"}
+    fails_to_write(train, spy, break_log, words, "free some space, then ", **options)
+
+
+@pytest.mark.parametrize(("free", "saved"), [(300_000, False), (450_000, True)])
+def test_a_full_disk_is_found_before_a_file_is_written(train, spy, tmp_path, monkeypatch, free, saved):
+    whole = saving.free_bytes
+
+    def full(run):
+        monkeypatch.setattr(saving, "free_bytes", lambda folder: free)
+
+    options = {"output_dir": tmp_path / "run", "save_state": True, "resume": "latest"}
+    words = r"the disk is too full: `lora(.safetensors|-state)` needs .* kB, and .* kB are free in"
+    folder = fails_to_write(train, spy, full, words, "free some space, then ", **options)
+    assert (folder / "lora.safetensors").is_file() == saved
+    assert not (folder / "lora-state").exists()
+    monkeypatch.setattr(saving, "free_bytes", whole)
+    train(**options)
+    assert read_state(folder / "lora-state").document["step"] == 1
+
+
+def test_a_save_that_does_not_fit_is_found_before_the_first_step(train, spy, tmp_path, monkeypatch, report):
+    monkeypatch.setattr(saving, "free_bytes", lambda folder: 10_000)
+    with pytest.raises(RunError, match=r"the disk is too full: a save needs .* kB, and 10.0 kB are free"):
+        train(output_dir=tmp_path / "run")
+    assert spy.runs == [], "before the run starts"
+    monkeypatch.setattr(saving, "free_bytes", lambda folder: 2_000_000)
+    train(max_train_steps=6, save_every_n_steps=1, output_dir=tmp_path / "many")
+    assert any("the saves of this run need" in warning for warning in report.warnings)
+    report.warnings.clear()
+    train(max_train_steps=6, save_every_n_steps=1, save_last_n_steps=1, output_dir=tmp_path / "few")
+    assert report.warnings == []
+
+
+@pytest.mark.parametrize("usage", [(0, 0, 0), (10, 0, 20), OSError(5, "Input/output error")])
+def test_a_file_system_that_reports_nonsense_is_not_believed(tmp_path, monkeypatch, usage):
+    def reported(folder):
+        if isinstance(usage, OSError):
+            raise usage
+        return shutil._ntuple_diskusage(*usage)
+
+    monkeypatch.setattr(saving.shutil, "disk_usage", reported)
+    saving.require_space(tmp_path / "not there yet", 10**18, "a save")
+
+
+def test_states_elsewhere_are_compared_with_the_disk_where_they_are(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "_device", lambda folder: int("states" in str(folder)))
+    monkeypatch.setattr(saving, "free_bytes", lambda folder: 10**9 if folder == tmp_path / "run" else 10_000)
+    options = {"output_dir": tmp_path / "run", "state_dir": tmp_path / "states"}
+    train(**options)
+    with pytest.raises(RunError, match=f"are free in `{tmp_path / 'states'}`"):
+        train(**options, output_name="other", save_state=True)

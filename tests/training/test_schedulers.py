@@ -9,15 +9,17 @@ import warnings
 import pytest
 import torch
 
-from hyimg.config.optimizer import Optimizer as Options
+from hyimg.config.option import Only, options_of
+from hyimg.config.training import Optimizer as Options
 from hyimg.errors import HyimgError
 from hyimg.plugins import load_plugins
 from hyimg.training.optimizers import resolve_optimizer
 from hyimg.training.schedulers import (
-    check_schedule_fits,
+    NAMED,
+    check_scheduler_fits,
     resolve_scheduler,
-    schedule_warnings,
-    try_schedule,
+    try_scheduler,
+    warmup_warning,
 )
 
 STEPS = 40
@@ -159,9 +161,29 @@ def test_every_group_keeps_its_ratio_to_the_others():
     torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
 
 
+RULES = "step_rules=1:10,0.1:20,0.5"
+
+
+def test_piecewise_constant_is_that_of_diffusers_which_the_reference_tool_takes():
+    from diffusers.optimization import get_piecewise_constant_schedule
+
+    theirs = optimizer()
+    expected = follow(get_piecewise_constant_schedule(theirs, RULES.partition("=")[2]), theirs, STEPS)
+    assert rates(lr_scheduler="piecewise_constant", lr_scheduler_args=(RULES,)) == expected
+    assert sorted(set(expected)) == [0.1 * RATE, 0.5 * RATE, RATE]
+
+
+@pytest.mark.parametrize("rules", ["0.5", "1:10", "1:20,0.5:10,0.1", "1:x,0.5", "1,0.5", "-1:5,1", "1:5,nan"])
+def test_step_rules_of_another_form_are_one_sentence(rules):
+    options = Options(lr_scheduler="piecewise_constant", lr_scheduler_args=(f"step_rules={rules}",))
+    with pytest.raises(HyimgError, match="is not of the form `FACTOR:STEP,...,FACTOR`"):
+        try_scheduler(resolve_scheduler(options), options, optimizer(), STEPS)
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {"lr_scheduler": "piecewise_constant", "lr_scheduler_args": (RULES,)},
         {"lr_scheduler": "cosine_with_restarts", "lr_warmup_steps": 5, "lr_scheduler_num_cycles": 2},
         {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 5, "lr_decay_steps": 20},
         {"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ("max_lr=0.7", f"total_steps={STEPS}")},
@@ -192,17 +214,18 @@ def test_a_schedule_goes_on_from_its_state_in_json(options, at):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr_warmup_steps": 10}, "`--lr_warmup_steps`: the schedule `constant` has no warm-up"),
+        ({"lr_warmup_steps": 10}, "`--lr_warmup_steps`: the LR scheduler `constant` has no warm-up"),
         ({"lr_scheduler_args": ("a=1",)}, "`constant` takes no `--lr_scheduler_args`"),
-        ({"lr_scheduler": "cosine", "lr_scheduler_args": ("a=1",)}, "`cosine` takes no argument `a`"),
-        ({"lr_scheduler": "cosine", "lr_scheduler_args": ("last_epoch=1",)}, "no argument `last_epoch`"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_args": ("a=1",)}, "unknown argument `a` of `cosine`"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_args": ("last_epoch=1",)}, "unknown argument `last_epoch`"),
+        ({"lr_scheduler": "piecewise_constant"}, "`piecewise_constant` needs the argument `step_rules`"),
         ({"lr_scheduler": "cosine_with_min_lr"}, "`cosine_with_min_lr` has no lowest rate"),
         ({"lr_scheduler_type": "StepLR"}, "`StepLR` needs the argument `step_size`"),
         ({"lr_scheduler_type": "StepLRR"}, "`torch.optim.lr_scheduler.StepLRR` cannot be imported"),
         ({"lr_scheduler_type": "nowhere.StepLR"}, "`nowhere.StepLR` cannot be imported"),
         (
             {"lr_scheduler_type": "StepLR", "lr_scheduler_args": ("step_size=3",), "lr_warmup_steps": 3},
-            "the schedule `StepLR` has no warm-up",
+            "the LR scheduler `StepLR` has no warm-up",
         ),
     ],
 )
@@ -222,7 +245,7 @@ def test_a_schedule_that_cannot_be_made_is_one_sentence(options, message):
         ({"lr_scheduler_type": "torch.optim.swa_utils.AveragedModel"}, "AveragedModel` (is no|cannot be)"),
         (
             {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 30, "lr_decay_steps": 0.5},
-            "make 50 steps together, of a run of 40",
+            "make 50 steps together, but the run has 40",
         ),
         (
             {"lr_scheduler": "polynomial", "lr_scheduler_args": ("lr_end=0.6",)},
@@ -233,12 +256,12 @@ def test_a_schedule_that_cannot_be_made_is_one_sentence(options, message):
 def test_a_schedule_that_cannot_be_followed_is_found_before_the_run(options, message):
     options = Options(**options)
     with pytest.raises(HyimgError, match=message):
-        try_schedule(resolve_scheduler(options), options, optimizer(), STEPS)
+        try_scheduler(resolve_scheduler(options), options, optimizer(), STEPS)
 
 
 def test_a_schedule_that_just_lasts_is_not_refused():
     options = Options(lr_scheduler_type="OneCycleLR", lr_scheduler_args=("max_lr=1", f"total_steps={STEPS}"))
-    try_schedule(resolve_scheduler(options), options, optimizer(), STEPS)
+    try_scheduler(resolve_scheduler(options), options, optimizer(), STEPS)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +279,7 @@ def test_a_schedule_that_just_lasts_is_not_refused():
 )
 def test_a_schedule_and_an_optimiser_that_exclude_each_other(schedule, kind, message):
     with pytest.raises(HyimgError, match=message):
-        check_schedule_fits(Options(lr_scheduler=schedule), optimizer(*kind))
+        check_scheduler_fits(Options(lr_scheduler=schedule), optimizer(*kind))
 
 
 @pytest.mark.parametrize(
@@ -270,27 +293,31 @@ def test_a_schedule_and_an_optimiser_that_exclude_each_other(schedule, kind, mes
 )
 def test_a_schedule_and_an_optimiser_that_go_together(schedule, kind):
     options = Options(lr_scheduler=schedule)
-    check_schedule_fits(options, optimizer(*kind))
+    check_scheduler_fits(options, optimizer(*kind))
     made = resolve_scheduler(options)(optimizer(*kind), STEPS)
     assert (made is None) == (schedule != "linear")
 
 
-def test_options_that_the_schedule_does_not_use_are_named():
-    options = Options(
-        lr_scheduler="cosine",
-        lr_warmup_steps=5,
-        lr_decay_steps=3,
-        lr_scheduler_power=2,
-        lr_scheduler_num_cycles=2,
-    )
-    named = [sentence.split("`")[1] for sentence in schedule_warnings(options)]
-    assert named == ["--lr_decay_steps", "--lr_scheduler_num_cycles", "--lr_scheduler_power"]
-    assert schedule_warnings(Options()) == []
-    both = Options(lr_scheduler="cosine", lr_scheduler_type="StepLR", lr_scheduler_args=("step_size=3",))
-    assert schedule_warnings(both) == ["`--lr_scheduler` has no effect beside `--lr_scheduler_type`"]
+def test_what_is_declared_of_schedules_is_what_their_functions_take():
+    every = {option for _, own in NAMED.values() for argument in own.values() for option in argument.options}
+    declared = {
+        (option.name, name)
+        for option in options_of(Options)
+        if option.name in every
+        for condition in option.needs
+        if isinstance(condition, Only)
+        for name in condition.values
+    }
+    taken = {
+        (option, name)
+        for name, (_, own) in NAMED.items()
+        for argument in own.values()
+        for option in argument.options
+    }
+    assert declared == taken | {("lr_decay_steps", "warmup_stable_decay")}  # taken through the stable part
 
 
-def test_a_warm_up_that_outlasts_the_run_is_told():
+def test_a_warm_up_that_outlasts_the_run_is_warned_of():
     options = Options(lr_scheduler="cosine", lr_warmup_steps=50)
-    assert "50 steps is longer than the run (40)" in schedule_warnings(options, STEPS)[0]
-    assert schedule_warnings(options, 50) == []
+    assert "50 steps is longer than the run (40)" in warmup_warning(options, STEPS)
+    assert warmup_warning(options, 50) is None

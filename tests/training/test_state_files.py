@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from hyimg.cache import atomic
+from hyimg.checkpoints import safetensors_writer
 from hyimg.errors import HyimgError
-from hyimg.training import state_folder
-from hyimg.training.state_folder import DamagedStateError, read_state, remove_state, write_state
-from hyimg.training.state_tree import equal, pack, unpack
+from hyimg.report import SilentReporter
+from hyimg.training import state as state_module
+from hyimg.training.resume import find_state
+from hyimg.training.state import DamagedStateError, equal, pack, read_state, unpack, write_state
 
 
 class Mode(enum.Enum):
@@ -94,7 +96,7 @@ TENSORS = {"network": {"up": torch.arange(6.0).view(2, 3)}, "empty": {}}
 
 def save(path, step=1):
     scaled = {name: tensor * step for name, tensor in TENSORS["network"].items()}
-    write_state(path, {"step": step}, TENSORS | {"network": scaled}, f'{{"step": {step}}}\n')
+    write_state(path, {"step": step}, TENSORS | {"network": scaled}, root=path.parent)
 
 
 def assert_state(path, step):
@@ -102,21 +104,20 @@ def assert_state(path, step):
     assert state.document == {"step": step}
     assert torch.equal(state.tensors("network")["up"], TENSORS["network"]["up"] * step)
     assert state.tensors("empty") == {}
-    assert state.metrics() == f'{{"step": {step}}}\n'
 
 
 def test_a_state_comes_back_and_holds_safetensors_and_json_only(tmp_path):
     save(tmp_path / "state")
     assert_state(tmp_path / "state", 1)
     names = sorted(re.sub(r"-[0-9a-f]{8}", "", path.name) for path in (tmp_path / "state").iterdir())
-    assert names == ["manifest.json", "metrics.jsonl", "network.safetensors", "state.json"]
+    assert names == ["manifest.json", "network.safetensors", "state.json"]
 
 
 def test_a_state_saved_again_replaces_the_files_of_the_old_one(tmp_path):
     save(tmp_path / "state", 1)
     save(tmp_path / "state", 2)
     assert_state(tmp_path / "state", 2)
-    assert len(list((tmp_path / "state").iterdir())) == 4
+    assert len(list((tmp_path / "state").iterdir())) == 3
 
 
 def test_tensors_that_share_memory_are_saved(tmp_path):
@@ -125,7 +126,7 @@ def test_tensors_that_share_memory_are_saved(tmp_path):
         tmp_path / "state",
         {},
         {"part": {"whole": whole, "half": whole[:2], "turned": whole.view(2, 2).T}},
-        "",
+        root=tmp_path,
     )
     back = read_state(tmp_path / "state").tensors("part")
     assert (back["half"].tolist(), back["turned"].tolist()) == ([0, 1], [[0, 2], [1, 3]])
@@ -136,7 +137,7 @@ class KilledError(BaseException):
 
 
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("moment", range(3))
 def test_a_save_that_ends_at_any_file_leaves_the_state_before_it(tmp_path, monkeypatch, moment, again):
     path = tmp_path / "state"
     if again:
@@ -152,8 +153,8 @@ def test_a_save_that_ends_at_any_file_leaves_the_state_before_it(tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(atomic.os, "replace", killed)
         # a killed process does not clean up
-        patch.setattr(state_folder, "_remove_files", lambda *args: None)
-        patch.setattr(state_folder.Path, "rmdir", lambda self: None)
+        patch.setattr(state_module, "_remove_files", lambda *args: None)
+        patch.setattr(state_module.Path, "rmdir", lambda self: None)
         with pytest.raises(KilledError):
             save(path, 2)
     if again:
@@ -163,14 +164,14 @@ def test_a_save_that_ends_at_any_file_leaves_the_state_before_it(tmp_path, monke
             read_state(path)
     save(path, 3)
     assert_state(path, 3)
-    assert len(list(path.iterdir())) == 4, "what was left of the killed save is gone"
+    assert len(list(path.iterdir())) == 3, "what was left of the killed save is gone"
 
 
 def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state_folder, "save_file", full)
+    monkeypatch.setattr(safetensors_writer, "_write_all", full)
     with pytest.raises(HyimgError, match="the disk is full"):
         save(tmp_path / "state")
     assert list(tmp_path.iterdir()) == []
@@ -192,12 +193,12 @@ def damage(path, kind):
         return "is missing"
     if kind == "a damaged manifest":
         manifest.write_text(manifest.read_text()[:-5])
-        return "JSON is damaged"
+        return "`manifest.json` is not valid JSON"
     if kind == "another manifest":
         manifest.write_text("[1]")
-        return "JSON is damaged"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
-    return "has the format 2"
+        return "`manifest.json` must be an object, not a list"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
+    return "has format 3"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,45 @@ def test_a_manifest_names_files_of_its_own_folder_only(tmp_path):
         read_state(tmp_path / "state")
 
 
-def test_a_removed_state_is_gone_with_its_folder(tmp_path):
-    save(tmp_path / "state")
-    remove_state(tmp_path / "state")
-    assert list(tmp_path.iterdir()) == []
+IDENTITY = {
+    "options": {},
+    "dataset": {"images": 1, "batches": 1, "pictures": "", "captions": "", "settings": ""},
+    **dict.fromkeys(("latent cache", "text cache", "base model"), ""),
+    "base weights": [],
+    **dict.fromkeys(("length", "batches a step"), 1),
+}
+DOCUMENT = {
+    **dict.fromkeys(("saved", "started"), 1.5),
+    **dict.fromkeys(("seed", "step", "epoch"), 1),
+    **{"log_name": "log", "identity": IDENTITY, "machine": {}, "parts": {}},
+}
+
+
+def places(document, *prefix):
+    for key, value in document.items():
+        yield (*prefix, key)
+        if value and isinstance(value, dict):
+            yield from places(value, *prefix, key)
+
+
+@pytest.mark.parametrize("place", places(DOCUMENT), ids=".".join)
+def test_a_document_of_other_types_is_no_state(tmp_path, place):
+    path = tmp_path / "lora-state"
+    for wrong in (None, [[]], "absent"):
+        document = json.loads(json.dumps(DOCUMENT))
+        table = document
+        for key in place[:-1]:
+            table = table[key]
+        if wrong == "absent":
+            del table[place[-1]]
+        elif not isinstance(table[place[-1]], list) or wrong is None:
+            table[place[-1]] = wrong
+        else:
+            continue
+        write_state(path, document, {}, root=tmp_path)
+        with pytest.raises(
+            DamagedStateError, match=f"is not the state of a run: `{re.escape('.'.join(place))}"
+        ):
+            find_state(str(path), None, SilentReporter())
+    write_state(path, DOCUMENT, {}, root=tmp_path)
+    assert find_state(str(path), None, SilentReporter()).document["step"] == 1

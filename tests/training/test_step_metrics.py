@@ -10,8 +10,14 @@ import psutil
 import pytest
 import torch
 
-from hyimg.training.bands import band_name
-from hyimg.training.step_metrics import COST_FIELDS, SmoothedLosses, StepCost, live_text, peak_memory_bytes
+from hyimg.training.metrics import (
+    COST_FIELDS,
+    SmoothedLosses,
+    StepCost,
+    band_name,
+    live_text,
+    peak_memory_bytes,
+)
 
 
 def test_losses_are_told_by_band_and_a_band_without_an_image_is_left_out():

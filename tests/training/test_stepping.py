@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from hyimg.training.fused_backward import FusedBackward
-from hyimg.training.loss_scaler import LossScaler
-from hyimg.training.optimizer_trial import trial_optimizer
-from hyimg.training.stepping import Stepper
+from hyimg.training.optimization import trial_optimizer
+from hyimg.training.stepping import FusedBackward, LossScaler, Stepper
 
 
 def sgd(*values, lr=1.0, dtype=torch.float32):
@@ -52,7 +50,7 @@ def test_a_scale_changes_neither_norm_nor_step(scale, max_norm):
     plain.step()
     scaled.step()
     assert weights(plain) == weights(scaled)
-    assert scaled.told == plain.told | {"loss_scale": scale}
+    assert scaled.metrics == plain.metrics | {"loss_scale": scale}
 
 
 def test_a_float16_gradient_beyond_its_range_has_a_finite_norm():
@@ -71,12 +69,12 @@ def test_a_step_left_out_moves_nothing_and_the_next_starts_from_no_gradient():
     assert stepper.overflowed(stepper.gradient_norm())
     stepper.skip()
     assert weights(stepper) == [0.0]
-    assert stepper.told == {"learning_rate": 1.0, "loss_scale": 4.0}
+    assert stepper.metrics == {"learning_rate": 1.0, "loss_scale": 4.0}
     gradient(stepper, 1.0)
     assert stepper.gradient_norm() == 1.0
     stepper.step()
     assert weights(stepper) == [-1.0], "the schedule did not go on for a step that was left out"
-    assert stepper.told == {"learning_rate": 1.0, "loss_scale": 2.0}
+    assert stepper.metrics == {"learning_rate": 1.0, "loss_scale": 2.0}
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
@@ -88,7 +86,7 @@ def test_the_rate_that_is_told_is_the_one_that_the_step_was_taken_with():
         gradient(stepper, 1.0)
         stepper.gradient_norm()
         stepper.step()
-        told.append(stepper.told["learning_rate"])
+        told.append(stepper.metrics["learning_rate"])
     assert told == [1.0, 0.5, 0.25]
     assert weights(stepper) == [-1.75]
 
@@ -217,4 +215,4 @@ def test_numbers_that_a_group_keeps_go_on_once_a_step(make):
         stepper.gradient_norm()
         stepper.step()
     assert [group["k"] for group in optimizer.param_groups] == [2, 2]
-    assert stepper.told["effective_learning_rate"] == pytest.approx(1e-2 * 2 / 3)
+    assert stepper.metrics["effective_learning_rate"] == pytest.approx(1e-2 * 2 / 3)

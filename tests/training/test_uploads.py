@@ -9,8 +9,7 @@ import pytest
 
 from hyimg.errors import RunError
 from hyimg.report import SilentReporter
-from hyimg.training.hub import Repository
-from hyimg.training.uploads import Uploads
+from hyimg.training.hub import Repository, Uploads
 
 
 class SlowHub:
@@ -77,7 +76,7 @@ def test_a_run_that_is_cut_short_waits_for_none_and_says_which(case):
     with pytest.raises(KeyboardInterrupt):
         run()
     (warning,) = case.report.warnings
-    assert warning.startswith("not uploaded, since the run was cut short: ")
+    assert warning.startswith("not uploaded, because the run was interrupted: ")
     assert all(str(file) in warning for file in case.files)
 
 
@@ -104,7 +103,7 @@ def test_a_wait_that_is_cut_short_says_what_is_left(case):
     with pytest.raises(KeyboardInterrupt):
         run()
     (warning,) = case.report.warnings
-    assert warning == f"not uploaded, since the run was cut short: `{case.files[2]}`"
+    assert warning == f"not uploaded, because the run was interrupted: `{case.files[2]}`"
 
 
 def test_a_terminal_that_is_gone_keeps_nobody_waiting(case, monkeypatch):

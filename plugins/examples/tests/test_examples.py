@@ -45,7 +45,7 @@ def test_of_several_processes_one_writes_the_diary(tmp_path, is_main):
     run = SimpleNamespace(
         folder=SimpleNamespace(directory=tmp_path, name="cat"),
         processes=SimpleNamespace(is_main=is_main),
-        remember=lambda part: None,
+        register_state=lambda part: None,
         measured={},
         step=1,
     )

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from hyimg.data.dataset_file import load_dataset_file
-from hyimg.data.files import Findings, find_images
+from hyimg.data.files import find_images
+from hyimg.data.findings import Findings
 from hyimg.errors import HyimgError
 
 
@@ -21,7 +22,7 @@ def tags(
 ) -> None:
     """Count the tags of a dataset's captions, the most frequent first."""
     counts: Counter[str] = Counter()
-    findings = Findings(notes=[])
+    findings = Findings()
     for dataset in load_dataset_file(dataset_config).datasets:
         for subset in dataset.subsets:
             for image in find_images(subset, findings):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hyimg.errors import HyimgError
 
 if TYPE_CHECKING:
-    from hyimg.data.caption_transforms import CaptionContext
+    from hyimg.data.captions import CaptionContext
 
 
 def underscores(caption: str, context: CaptionContext, *, separator: str = ",") -> str:

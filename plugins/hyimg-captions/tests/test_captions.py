@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hyimg.data.caption_transforms import CaptionContext
+from hyimg.data.captions import CaptionContext
 from hyimg.errors import HyimgError
 
 CONTEXT = CaptionContext(Path("1.png"))
