@@ -164,7 +164,7 @@ def findings_table() -> str:
 def report_table() -> str:
     """The objects of the dataset report's JSON with their keys."""
     objects = {
-        "the whole": dataset_report.DatasetReport,
+        "report": dataset_report.DatasetReport,
         "`images`": dataset_report.Images,
         "`images.unreadable[]`": dataset_report.Unreadable,
         "`epoch`": dataset_report.EpochCost,
@@ -188,7 +188,7 @@ def micro_measures_table() -> str:
     """What `python -m benchmarks.micro measure` found of the model that ships."""
     found = json.loads((WEIGHTS / "measures.json").read_text(encoding="utf-8"))
     rows = [
-        f"| of {found['prompts']} held-out prompts | with the prompt | prompt emptied |",
+        f"| of {found['prompts']} held-out prompts | with the prompt | empty prompt |",
         "|---|---|---|",
     ]
     names = {
@@ -212,7 +212,7 @@ def micro_proof_table() -> str:
     """What `python -m benchmarks.micro prove` found of the demo's LoRA on that model."""
     found = json.loads((WEIGHTS / "proof.json").read_text(encoding="utf-8"))
     trigger, known = found["trigger"], found["without_trigger"]
-    rows = [f"| of {found['seeds']} pictures | base | LoRA | ComfyUI's file |", "|---|---|---|---|"]
+    rows = [f"| of {found['seeds']} images | base | LoRA | ComfyUI's file |", "|---|---|---|---|"]
     for key, what in {
         "shape": "the trigger word: a heart (goals: base under 10%, LoRA at least 70%)",
         "shape_and_colors": "the trigger word: a heart in both colours that were asked for",
