@@ -106,7 +106,8 @@ def check_files(case: Case, code: int, before: Mapping[str, object]) -> list[str
 
 def check_text(case: Case, code: int, out: bytes, err: bytes) -> list[str]:
     """The rules for what a command prints, and for its exit code."""
-    if case.may_lack_memory and b"panicked at" in err:  # a library in Rust, whose panic no `except Exception` catches
+    # a panic of a Rust library passes every `except Exception`
+    if case.may_lack_memory and b"panicked at" in err:
         return []
     faults = []
     stopped = case.signal is not None and code == 128 + case.signal[0]
