@@ -14,6 +14,7 @@ runs on the CPU (where it saves nothing), on CUDA and with the tests' simulated 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import warnings
 import weakref
@@ -157,6 +158,7 @@ class _Offloaded:
     device: torch.device
     on_device: Tensor | None
     ticket: Any
+    received: bool = False
 
 
 class Offloader:
@@ -202,21 +204,25 @@ class Offloader:
         return sent
 
     def fetch(self, number: int) -> None:
-        """Starts copying a group's tensors to the device, except those that are there or on their way."""
+        """Starts copying a group's tensors to the device, except those that were there or are on their way."""
         group = self._groups.get(number)
         for offloaded in group.tensors if group else ():
-            if offloaded.on_device is None:
+            if offloaded.on_device is None and not offloaded.received:
                 offloaded.on_device = torch.empty_like(offloaded.on_host, device=offloaded.device)
                 offloaded.ticket = self.lane.copy(offloaded.on_device, offloaded.on_host)
                 self._on_device.append(offloaded)
 
     def receive(self, wanted: _Offloaded) -> Tensor:
         """The tensor on the device, for computation enqueued from here on."""
+        if wanted.received:  # a second backward pass
+            for offloaded in self._groups[wanted.group].tensors:
+                offloaded.received = False
         self._release({wanted.group, wanted.group - 1})
         self.fetch(wanted.group)
         tensor = wanted.on_device
         assert tensor is not None
         self._let_go(wanted)
+        wanted.received = True
         # After this group's copies, in parallel with its recomputation and backward pass
         self.fetch(wanted.group - 1)
         return tensor
@@ -259,6 +265,13 @@ def _is_dense(tensor: Tensor) -> bool:
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
+# Only inputs are offloaded, not the attention that is kept. torch 2.15 asks for a decision, and has the argument
+_KEPT_STAYS = (
+    {"respect_saved_tensors_hooks": False}
+    if "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
+    else {}
+)
+
 # Attention operators without their namespaces: torch's, for all devices, and those of flash-attn and xformers, whose
 # namespaces have changed between versions
 _ATTENTION_OPERATOR = re.compile(
@@ -286,7 +299,7 @@ def checkpointed(run: RunBlock, options: TrainingMemory, device: torch.device) -
         contexts: dict[str, Any] = {}
         if options.checkpoint_keep == "attention":
             kept = _KeptAttention(attend=args[-1])
-            args, contexts = (*args[:-1], kept), {"context_fn": kept.contexts}
+            args, contexts = (*args[:-1], kept), {"context_fn": kept.contexts, **_KEPT_STAYS}
         with offloader.inputs() if offloader else contextlib.nullcontext():
             return checkpoint(
                 run,

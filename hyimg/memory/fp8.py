@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ MIN_SCALE = 1e-8
 
 # Values that are quantised at a time on a device
 _CHUNK_DEVICE = 1 << 24
+# Blocks that compiled code decodes together: all weights of HunyuanImage-2.1's blocks have a multiple of these
+_BLOCKS_TOGETHER = 1024
 
 
 def require_fp8_device(device: torch.device) -> None:
@@ -110,12 +113,17 @@ def _decode(q_GK: Tensor, scale_G1: Tensor, dtype: torch.dtype) -> Tensor:
     return (half.float() * (scale_G1 * 256.0)).to(dtype)
 
 
+def _decode_blocks(q_NGK: Tensor, scale_NG1: Tensor, dtype: torch.dtype) -> Tensor:
+    """`_decode` with constant G and K: loads and stores are vectors then, and no index is divided by a size."""
+    return _decode(q_NGK, scale_NG1, dtype)
+
+
 @functools.cache
-def _compiled_decode() -> Any:
+def _compiled(decode: Callable[..., Tensor]) -> Any:
     # Lazily: this loads torch's compiler, which takes seconds
     use_private_cache()
     # One graph for all sizes; past the compiler's limit it must fail, not run step by step in float32
-    return torch.compile(_decode, dynamic=True, fullgraph=True)
+    return torch.compile(decode, dynamic=True, fullgraph=True)
 
 
 @functools.cache
@@ -128,7 +136,7 @@ def _decodes_right(device: torch.device, dtype: torch.dtype) -> bool:
     # Cloned, or torch would compile one more graph for views
     byte_GK = torch.arange(256, dtype=torch.uint8, device=device).view(2, -1).clone()
     right_GK = byte_GK.view(E4M3).to(dtype)
-    decoded_GK = _compiled_decode()(byte_GK, torch.ones(2, 1, device=device), dtype)
+    decoded_GK = _compiled(_decode)(byte_GK, torch.ones(2, 1, device=device), dtype)
     is_number = ~right_GK.isnan()
     return torch.equal(decoded_GK[is_number], right_GK[is_number])
 
@@ -143,7 +151,17 @@ def _fused(q_GK: Tensor, scale_G1: Tensor, dtype: torch.dtype) -> Tensor:
         try:
             if not _decodes_right(q_GK.device, dtype):
                 raise RuntimeError(f"torch {torch.__version__} miscompiles it; use 2.7.1 or later")
-            decoded: Tensor = _compiled_decode()(q_GK.view(torch.uint8), scale_G1, dtype)
+            decoded: Tensor
+            byte_GK = q_GK.view(torch.uint8)
+            if q_GK.shape[1] == BLOCK_SIZE and len(q_GK) % _BLOCKS_TOGETHER == 0:
+                blocks = [
+                    tensor.view(-1, _BLOCKS_TOGETHER, tensor.shape[1]) for tensor in (byte_GK, scale_G1)
+                ]
+                for tensor in blocks:
+                    torch._dynamo.mark_static(tensor, (1, 2))
+                decoded = _compiled(_decode_blocks)(*blocks, dtype)
+            else:
+                decoded = _compiled(_decode)(byte_GK, scale_G1, dtype)
             return decoded
         except torch.OutOfMemoryError:
             raise

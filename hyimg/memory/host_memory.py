@@ -85,7 +85,7 @@ class HostBuffer:
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         address = self.bytes.data_ptr()
         if int(runtime.cudaHostRegister(address, self.bytes.nbytes, _PORTABLE)) != 0:
-            _forget_last_cuda_error()
+            _clear_last_error(torch.device("cuda"))
             return False
         # Keeps the pages alive while the driver uses them
         weakref.finalize(self, _unlock, torch.cuda.current_device(), address, self._pages)
@@ -99,7 +99,10 @@ def _unlock(device: int, address: int, pages: mmap.mmap) -> None:
         torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
-def _forget_last_cuda_error() -> None:
-    """Clears the error, which CUDA would report again at the next, unrelated launch."""
+def _clear_last_error(device: torch.device) -> None:
+    """Clears the driver's last error, which would otherwise be raised at the next, unrelated launch.
+
+    torch clears it whenever it launches a kernel. `zeros` is a memset since torch 2.15, which clears nothing.
+    """
     with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device="cuda")
+        torch.empty(1, device=device).neg_()

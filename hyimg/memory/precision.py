@@ -38,6 +38,11 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEXT_ENCODER_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """The dtypes of `--text_encoder_dtype`."""
 
+OLD_GPU_WARNING = (
+    "this GPU has no bf16 instructions (compute capability under 8.0), so attention uses a slow kernel, whose memory "
+    "grows with the square of the number of tokens: `--mixed_precision fp16` avoids it"
+)
+
 _NAMES = {torch.float32: "float32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 _X86 = ("x86_64", "amd64", "i386", "i686", "x86")
@@ -90,8 +95,11 @@ class Precision:
         return f"precision: {', '.join(parts)}" + (" (`--mixed_precision auto`)" if self.is_auto else "")
 
     def log(self, report: Reporter, *models: str, cached_text: str | None = None) -> None:
-        """Notes the line, and warns of each dtype that is slower than float32 on the CPU."""
+        """Notes the line, and warns of each dtype that is slower than float32 on the CPU, or emulated by the GPU."""
         report.note(self.line(*models, cached_text=cached_text))
+        is_bf16_on_gpu = "DiT" in models and self.dit == torch.bfloat16 and self.device.type == "cuda"
+        if is_bf16_on_gpu and not multiplies_bf16(self.device):
+            report.warning(OLD_GPU_WARNING)
         for dtype in dict.fromkeys(
             dtype for dtype, device in self._of(models).values() if device.type == "cpu"
         ):

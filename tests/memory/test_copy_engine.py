@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hyimg.memory import host_memory
 from hyimg.memory.host_memory import HostBuffer
 from hyimg.memory.streaming import CudaCopyEngine, Phase, Streamer
 
@@ -168,15 +170,31 @@ def test_locked_memory_is_unlocked_when_the_buffer_is_freed_and_its_copies_are_d
 
 def test_memory_that_cannot_be_locked_is_used_unlocked(runtime, monkeypatch):
     cuda = runtime(refuses=True)
-    launches = []
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device: launches.append(device))
+    cleared = []
+    monkeypatch.setattr(host_memory, "_clear_last_error", cleared.append)
     buffer = HostBuffer({"a": torch.arange(3)}, lock=True)
     assert not buffer.locked
-    assert len(launches) == 1, "the refusal is not left to the next launch"
+    assert cleared == [torch.device("cuda")], "the refusal is not left to the next launch"
     assert buffer.view("a").tolist() == [0, 1, 2]
     del buffer
     gc.collect()
     assert "unlock" not in cuda.calls
+
+
+def test_the_error_is_cleared_by_a_kernel():
+    """Factories such as `zeros` may be a memset, which leaves the error to the next launch."""
+    operations = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operations.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Recording():
+        host_memory._clear_last_error(torch.device("cpu"))
+    assert torch.Tag.pointwise in operations[-1].tags
+    assert "fill" not in operations[-1].name()
+    assert "zero" not in operations[-1].name()
 
 
 def test_parameters_move_into_the_buffer_and_free_their_memory():

@@ -266,11 +266,27 @@ def test_the_gpu_decoder_compiles_and_runs_inside_a_product(monkeypatch: pytest.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.long
+def test_the_gpu_decoder_has_the_same_bits_for_weights_of_many_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights of a multiple of 1024 blocks are decoded with constant sizes: few graphs, whatever the weight."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for rows, columns in ((256, 256), (512, 256), (1024, 512), (2048, 128)):
+        q, scale = quantize(torch.randn(rows, columns).bfloat16())
+        for dtype in DTYPES:
+            found = fp8._fused(q.view(-1, 64), scale.view(-1, 1), dtype)
+            assert same_bits(found.view(rows, columns), dequantize(q, scale, dtype))
+    assert fp8._can_compile
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4 * len(DTYPES)
+
+
 def test_without_a_compiler_dequantising_takes_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object) -> Tensor:
         raise RuntimeError("no Triton here")
 
-    monkeypatch.setattr(fp8, "_compiled_decode", lambda: fails)
+    monkeypatch.setattr(fp8, "_compiled", lambda decode: fails)
     monkeypatch.setattr(fp8, "_can_compile", True)
     fp8._decodes_right.cache_clear()
     q, scale = quantize(torch.randn(8, 128).bfloat16())
@@ -291,7 +307,7 @@ def test_a_compiler_that_miscompiles_the_decoder_is_not_used(monkeypatch: pytest
     q, scale = quantize(torch.randn(8, 128).bfloat16())
     found = {}
     for name, compiled in {"wrong": converts, "right": fp8._decode}.items():
-        monkeypatch.setattr(fp8, "_compiled_decode", lambda compiled=compiled: compiled)
+        monkeypatch.setattr(fp8, "_compiled", lambda decode, compiled=compiled: compiled)
         monkeypatch.setattr(fp8, "_can_compile", True)
         fp8._decodes_right.cache_clear()
         with warnings.catch_warnings(record=True) as told:

@@ -163,6 +163,23 @@ def test_the_last_inputs_stay_on_the_device() -> None:
     assert model.lane.num_copies["to device"] == NUM_BLOCKS - 2
 
 
+def test_each_of_a_blocks_inputs_is_copied_back_once_per_backward_pass() -> None:
+    lane = SimulatedLane(0.1)
+    offloader = Offloader(lane)
+    image_BLD = torch.ones(1, 5, 8, requires_grad=True)
+    text_BLD = torch.ones(1, 3, 8, requires_grad=True)
+    for _ in range(NUM_BLOCKS):
+        with offloader.inputs():
+            image_BLD, text_BLD = checkpoint(
+                lambda a, b: (a * b.mean(), b * a.mean()), image_BLD, text_BLD, use_reentrant=False
+            )
+    loss = image_BLD.sum() + text_BLD.sum()
+    for num_passes in (1, 2):
+        loss.backward(retain_graph=True)
+        again = 0 if num_passes == 1 else 2 * NUM_BLOCKS  # the second finds none on the device
+        assert lane.num_copies["to device"] == 2 * (NUM_BLOCKS - 2) + again
+
+
 def test_inputs_leave_the_device_after_two_more_blocks_have_started() -> None:
     model = Model()
     most = 0

@@ -178,7 +178,7 @@ def test_adapters_of_16_bits_decide_what_auto_is(cpu):
             decide(CPU, "no", **given)
 
 
-def test_the_line_names_each_model_and_a_slow_type_is_warned_of_with_what_was_measured(cpu):
+def test_the_line_names_each_model_and_a_slow_type_is_warned_of_with_what_was_measured(cpu, monkeypatch):
     cpu(False, slowdown=34.6)
     report = Heard()
     decide(CPU).log(report, "DiT", "adapters", "VAE", cached_text="bf16")
@@ -192,8 +192,21 @@ def test_the_line_names_each_model_and_a_slow_type_is_warned_of_with_what_was_me
         "this CPU is about 35 times slower in bf16 than in float32 (measured): `--mixed_precision no` is faster"
     ], "once"
     decide(CPU, "bf16").log(report, "VAE")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     decide(CUDA, "bf16").log(report, "DiT")
     assert len(report.warnings) == 1, "the VAE is float32 on a CPU, and a GPU is not the CPU"
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "asked", "warns"),
+    [((7, 5), None, "bf16", True), ((7, 5), None, "fp16", False), ((9, 0), "6.4", "bf16", False)],
+)
+def test_bf16_on_a_gpu_without_it_is_warned_of(monkeypatch, capability, hip, asked, warns):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    report = Heard()
+    decide(CUDA, asked).log(report, "DiT")
+    assert ["`--mixed_precision fp16`" in warning for warning in report.warnings] == [True] * warns
 
 
 def test_no_warning_for_what_the_cpu_has_instructions_for_or_does_as_fast(cpu):
