@@ -158,7 +158,7 @@ def _fused(q_GK: Tensor, scale_G1: Tensor, dtype: torch.dtype) -> Tensor:
                     tensor.view(-1, _BLOCKS_TOGETHER, tensor.shape[1]) for tensor in (byte_GK, scale_G1)
                 ]
                 for tensor in blocks:
-                    torch._dynamo.mark_static(tensor, (1, 2))
+                    torch._dynamo.mark_static(tensor, [1, 2])
                 decoded = _compiled(_decode_blocks)(*blocks, dtype)
             else:
                 decoded = _compiled(_decode)(byte_GK, scale_G1, dtype)
