@@ -9,7 +9,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,40 @@ def apart(function: Callable[..., Any], *arguments: object, **named: object) -> 
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments, **named).result()
+
+
+def each_apart(function: Callable[..., Iterator[Any]], *arguments: object) -> Iterator[Any]:
+    """Calls a generator function of a module in its own process, and yields each answer as soon as it is there.
+
+    Raises RuntimeError with the text of its error, or if the process is ended from outside (out of host memory).
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_each, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        while True:
+            kind, answer = receiver.recv()
+            if kind == "error":
+                raise RuntimeError(answer)
+            yield answer
+    except EOFError:
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"the process ended with {process.exitcode}") from None
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _send_each(sender: Any, function: Callable[..., Iterator[Any]], arguments: tuple[object, ...]) -> None:
+    try:
+        for answer in function(*arguments):
+            sender.send(("answer", answer))
+    except Exception as error:
+        traceback.print_exc()
+        sender.send(("error", str(error) or type(error).__name__))
 
 
 def command(name: str, arguments: list[str], runs: int, beside: str = "") -> Figure:

@@ -13,11 +13,11 @@ allocator gets the rest. The rows of the guide's table run under a cap of their 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.figures import Figure, Options, apart, median
+from benchmarks.figures import Figure, Options, apart, each_apart, median
 from benchmarks.models import FULL, NUM_TEXT, RANK, TOY_DEEP, attach_lora, random_dit, training_step
 from benchmarks.peaks import DevicePeak
 from benchmarks.streaming import block_bytes, block_operations
@@ -55,6 +55,11 @@ class Form:
 
 
 FORMS = (
+    # The guide's settings first: they are what users ask about, and a long benchmark may be stopped
+    Form("guide, 40 GB: bf16", (Mode("on"),), cap_gb=40),
+    Form("guide, 24 GB: fp8, 9 streamed", (Mode("on"), Mode("offload")), True, 9, 24),
+    Form("guide, 12 GB: fp8, 32 streamed", (Mode("on"), Mode("offload")), True, 32, 12),
+    Form("guide, 8 GB: fp8, 37 streamed", (Mode("on"), Mode("offload")), True, 37, 8),
     # Compiled last: blocks stay so
     Form("bf16", (Mode("off"), Mode("on"), Mode("keep"), Mode("offload"), Mode("on", compile=True))),
     Form("fp8", (Mode("off"), Mode("on"), Mode("keep"), Mode("offload"), Mode("on", compile=True)), fp8=True),
@@ -63,10 +68,6 @@ FORMS = (
         Form(f"fp8, {n} streamed", (Mode("on"), Mode("on", compile=True)), fp8=True, blocks_to_swap=n)
         for n in (9, 37)
     ),
-    Form("guide, 40 GB: bf16", (Mode("on"),), cap_gb=40),
-    Form("guide, 24 GB: fp8, 9 streamed", (Mode("on"), Mode("offload")), True, 9, 24),
-    Form("guide, 12 GB: fp8, 32 streamed", (Mode("on"), Mode("offload")), True, 32, 12),
-    Form("guide, 8 GB: fp8, 37 streamed", (Mode("on"), Mode("offload")), True, 37, 8),
 )
 
 
@@ -81,9 +82,8 @@ class Limits:
 
 
 def measure(options: Options) -> Iterator[Figure]:
-    """The limits, then every form in every mode and size."""
-    call: Callable[..., Any] = (lambda function, *a: function(*a)) if options.toy else apart
-    limits: Limits = call(measure_limits, options.device, options.toy)
+    """The limits, then every form in every mode and size; each as soon as it is measured, or why it failed."""
+    limits: Limits = (_directly if options.toy else apart)(measure_limits, options.device, options.toy)
     yield Figure(
         "limits of the device",
         beside=f"{limits.operations / 1e12:.0f} TFLOP/s in bf16 products, {limits.bandwidth / 1e9:.0f} GB/s of memory, "
@@ -93,8 +93,24 @@ def measure(options: Options) -> Iterator[Figure]:
     for form in FORMS:
         if options.only not in form.title:
             continue
-        for result in call(run, form, options):
-            yield _figure(form, result, limits)
+        modes = [mode for mode in form.modes if not (options.toy and mode.compile)]
+        remaining = [(mode, size) for mode in modes for size in ((64,) if options.toy else SIZES)]
+        while remaining:  # what comes after a failure is tried in a new process
+            num_done = 0
+            try:
+                for result in (_directly if options.toy else each_apart)(run, form, remaining, options):
+                    yield _figure(form, result, limits)
+                    num_done += 1
+            except Exception as error:
+                mode, size = remaining[num_done]
+                failure = {"size": size, "mode": mode.name, "failed": str(error) or type(error).__name__}
+                yield _figure(form, failure, limits)
+                num_done += 1
+            remaining = remaining[num_done:]
+
+
+def _directly(function: Callable[..., Any], *arguments: object) -> Any:
+    return function(*arguments)
 
 
 def _figure(form: Form, result: dict[str, Any], limits: Limits) -> Figure:
@@ -102,6 +118,8 @@ def _figure(form: Form, result: dict[str, Any], limits: Limits) -> Figure:
     cap = f" of {form.cap_gb} GB" if form.cap_gb else ""
     if "refused" in result:
         return Figure(name, beside=f"out of memory{cap}", values=result)
+    if "failed" in result:
+        return Figure(name, beside=f"failed: {result['failed'].partition(chr(10))[0][:200]}", values=result)
     seconds = result["seconds"]
     times = {
         "operations": result["operations"] / limits.operations,
@@ -129,8 +147,8 @@ def _figure(form: Form, result: dict[str, Any], limits: Limits) -> Figure:
     return Figure(name, seconds, result["peak_mb"], beside, values)
 
 
-def run(form: Form, options: Options) -> list[dict[str, Any]]:
-    """Each mode and size of a form; those that do not fit say so."""
+def run(form: Form, configurations: Sequence[tuple[Mode, int]], options: Options) -> Iterator[dict[str, Any]]:
+    """Measures modes and sizes of a form, in that order; those that do not fit have `refused`."""
     import torch
 
     from hyimg.errors import out_of_memory_place
@@ -141,24 +159,27 @@ def run(form: Form, options: Options) -> list[dict[str, Any]]:
         torch.cuda.set_device(options.device)
     if form.cap_gb is not None and is_cuda:
         _cap_memory(form.cap_gb, options.device)
-    dit, swap = build(form, arch, options.device)
-    network = attach_lora(dit)
-    results = []
-    for mode in [mode for mode in form.modes if not (options.toy and mode.compile)]:
-        _install(mode, dit, swap)
-        for size in (64,) if options.toy else SIZES:
-            asked: dict[str, Any] = {"size": size, "mode": mode.name, "checkpointing": mode.checkpointing}
-            try:
-                measured = _measure_step(dit, network, swap, size // SPATIAL_FACTOR, options)
-            except Exception as error:
-                if out_of_memory_place(error) is None:
-                    raise
-                measured = {"refused": str(error)}
-            results.append({**asked, **measured, **_needs(arch, form, mode, size // SPATIAL_FACTOR)})
+    dit, swap, network, installed = None, None, None, None
+    for mode, size in configurations:
+        side = size // SPATIAL_FACTOR
+        asked: dict[str, Any] = {"size": size, "mode": mode.name, "checkpointing": mode.checkpointing}
+        try:
+            if dit is None:
+                dit, swap = build(form, arch, options.device)
+                network = attach_lora(dit)
+            if mode is not installed:
+                _install(mode, dit, swap)
+                installed = mode
+            measured = _measure_step(dit, network, swap, side, options)
+        except Exception as error:
+            if out_of_memory_place(error) is None:
+                raise
+            measured = {"refused": str(error)}
+        yield {**asked, **measured, **_needs(arch, form, mode, side)}
+        if network is not None:
             network.zero_grad(set_to_none=True)
-            if is_cuda:
-                torch.cuda.empty_cache()
-    return results
+        if is_cuda:
+            torch.cuda.empty_cache()
 
 
 def build(form: Form, arch: DiTArch, device: str) -> tuple[DiT, BlockSwap | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -101,19 +102,19 @@ def training_step(
 ) -> Callable[[], float]:
     """One step on a fixed batch: forward, loss, backward, AdamW on the LoRA. It returns the loss.
 
-    On CUDA the optimiser is bitsandbytes' 8-bit AdamW, the usual one where memory is short.
+    On CUDA the optimiser is bitsandbytes' 8-bit AdamW, the usual one where memory is short; torch's without it.
     """
     import torch
     import torch.nn.functional as F
 
     latent_BCHW, timestep_B, text = inputs(dit, side, num_text)
     target_BCHW, _, _ = inputs(dit, side, num_text, seed=1)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     if dit.device.type == "cuda":
-        from bitsandbytes.optim import AdamW8bit
+        with contextlib.suppress(ImportError):
+            from bitsandbytes.optim import AdamW8bit
 
-        optimizer: torch.optim.Optimizer = AdamW8bit(network.parameters(), lr=1e-4)
-    else:
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+            optimizer = AdamW8bit(network.parameters(), lr=1e-4)
 
     def step() -> float:
         velocity_BCHW = dit(latent_BCHW, timestep_B, text)

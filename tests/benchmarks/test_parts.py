@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import mmap
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import choices, gpu, training_run, training_step
 from benchmarks.__main__ import PARTS, main, row
-from benchmarks.figures import Figure, Options
+from benchmarks.figures import Figure, Options, each_apart
 from benchmarks.models import TOY, attach_lora, inputs, random_dit
 from benchmarks.peaks import ProcessPeaks
 from benchmarks.plain import PlainBlocks
@@ -56,11 +59,13 @@ def test_the_gpu_part_runs_on_a_cpu_too(tmp_path: Path) -> None:
     limits, *figures = gpu.measure(toy(tmp_path, only="37 streamed"))
     assert limits.values["to_device"] > 0
     streamed = [figure.values["streamed_bytes"] for figure in figures]
-    assert len(figures) == 5, (
-        "two modes of bf16, one of fp8 (compiling is left out), two under the guide's cap"
-    )
+    assert [figure.name.partition(":")[0].partition(";")[0] for figure in figures] == [
+        *["guide, 8 GB"] * 2,
+        *["bf16, 37 streamed"] * 2,
+        "fp8, 37 streamed",
+    ], "the guide's first, and nothing compiled"
     assert min(streamed) > 0
-    assert streamed[2] < 0.6 * streamed[0], "fp8 is about half of bf16"
+    assert streamed[4] < 0.6 * streamed[2], "fp8 is about half of bf16"
 
 
 @pytest.mark.gpu
@@ -68,7 +73,8 @@ def test_the_gpu_part_runs_on_a_cpu_too(tmp_path: Path) -> None:
 def test_a_memory_cap_holds_on_a_gpu(tmp_path: Path) -> None:
     form = next(form for form in gpu.FORMS if form.cap_gb == 8)
     try:
-        for result in gpu.run(form, Options(tmp_path, runs=1, device="cuda:0", toy=True)):
+        options = Options(tmp_path, runs=1, device="cuda:0", toy=True)
+        for result in gpu.run(form, [(mode, 64) for mode in form.modes], options):
             assert result["process_mb"] < 8 * 2**30 / 1e6
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(8 << 30, dtype=torch.uint8, device="cuda")
@@ -83,6 +89,44 @@ def test_out_of_memory_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gpu, "_measure_step", refuse)
     figures = list(gpu.measure(toy(tmp_path, only="guide, 8 GB")))
     assert [figure.beside for figure in figures[1:]] == ["out of memory of 8 GB"] * 2
+
+
+def test_a_failing_configuration_is_a_row_and_the_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_step = gpu._measure_step
+    calls = []
+
+    def fail_once(*arguments: object) -> dict[str, object]:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+        return measure_step(*arguments)
+
+    monkeypatch.setattr(gpu, "_measure_step", fail_once)
+    _, failed, measured = gpu.measure(toy(tmp_path, only="guide, 8 GB"))
+    assert failed.beside == "failed: CUDA error: an illegal memory access was encountered"
+    assert measured.seconds is not None
+
+
+def count_to(number: int) -> Iterator[int]:
+    """For the test below, in its own process."""
+    yield from range(number)
+    if number == 3:
+        raise ValueError("three")
+    if number == 4:
+        os._exit(9)
+
+
+@pytest.mark.parametrize(("number", "message"), [(2, None), (3, "three"), (4, "the process ended with 9")])
+def test_answers_of_a_process_come_one_by_one_and_its_end_is_reported(
+    number: int, message: str | None
+) -> None:
+    answers = []
+    expected = pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext()
+    with expected:
+        answers.extend(each_apart(count_to, number))
+    assert answers == list(range(number))
 
 
 # ---- the plain composition is the same model
